@@ -1,0 +1,63 @@
+"""What every network shares: its output, and the layers it is handed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from bnn_jax.quantizers.base import ActQuantizer
+
+
+@flax.struct.dataclass
+class NetworkOutput:
+    """What a network returns.
+
+    Attributes:
+      logits: (N, K), float32.
+      features: (N, D), float32, the input of the classifier.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Layer factories a network builds itself from; quantizers and compute type are already bound.
+
+    Attributes:
+      conv: inner convolution with weight and activation quantizer.
+      first_conv: first convolution, reading the image.
+      shortcut_conv: 1x1 convolution on a shortcut.
+      dense: classifier.
+      act: activation quantizer on its own, for blocks that quantize somewhere else than at a convolution's input.
+    """
+
+    conv: Callable[..., nn.Module]
+    first_conv: Callable[..., nn.Module]
+    shortcut_conv: Callable[..., nn.Module]
+    dense: Callable[..., nn.Module]
+    act: Callable[..., ActQuantizer]
+
+    def conv_without_act(self, *args: Any, **options: Any) -> nn.Module:
+        """An inner convolution whose input is taken as it is."""
+        return self.conv(*args, act_quantizer=ActQuantizer, **options)
+
+
+def he_fan_out_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Normal with standard deviation sqrt(2 / (kh * kw * O)) for a kernel (kh, kw, I, O)."""
+    return jax.random.normal(key, shape, dtype) * (2.0 / (shape[0] * shape[1] * shape[-1])) ** 0.5
+
+
+def xavier_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Normal with standard deviation sqrt(2 / (inputs + outputs)) for a kernel (I, O)."""
+    return jax.random.normal(key, shape, dtype) * (2.0 / (shape[0] + shape[1])) ** 0.5
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """(N, H, W, C) -> (N, C), the mean over all positions."""
+    return jnp.mean(x, axis=(1, 2))

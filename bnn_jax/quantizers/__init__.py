@@ -1,0 +1,49 @@
+"""Tables of the quantizers, and the one function that builds them from a ``Spec``."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
+from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
+from bnn_jax.quantizers.pruned import Pruned
+from bnn_jax.stages import Spec
+
+WEIGHT: dict[str, type[WeightQuantizer]] = {
+    "identity": WeightQuantizer,
+    "dorefa": DorefaWeight,
+    "pruned": Pruned,
+}
+
+ACT: dict[str, type[ActQuantizer]] = {
+    "identity": ActQuantizer,
+    "dorefa": DorefaAct,
+}
+
+
+def build_weight(spec: Spec) -> Callable[..., WeightQuantizer]:
+    """Factory of the weight quantizer a ``Spec`` names; a nested Spec (``inner``) becomes a factory too.
+
+    Raises:
+      ValueError: the name is not in the table or the options do not fit.
+    """
+    return _factory(WEIGHT, spec, "weight quantizer")
+
+
+def build_act(spec: Spec) -> Callable[..., ActQuantizer]:
+    """Factory of the activation quantizer a ``Spec`` names.
+
+    Raises:
+      ValueError: the name is not in the table or the options do not fit.
+    """
+    return _factory(ACT, spec, "activation quantizer")
+
+
+def _factory(table: dict[str, Any], spec: Spec, kind: str) -> Callable[..., Any]:
+    if spec.name not in table:
+        raise ValueError(f"{kind} {spec.name!r}: accepted are {', '.join(table)}")
+    options = {key: _factory(table, value, kind) if isinstance(value, Spec) else value for key, value in spec.options}
+    return functools.partial(table[spec.name], **options)
+
+
+__all__ = ["ACT", "WEIGHT", "ActQuantizer", "Encoded", "QuantContext", "WeightQuantizer", "build_act", "build_weight"]

@@ -1,0 +1,142 @@
+"""What a quantizer is: the context it reads, the two base classes, and the encoded form.
+
+A weight quantizer turns a layer's trainable ``kernel`` (its latent weights) into the kernel the convolution uses; an
+activation quantizer turns a layer's input into the values the convolution uses. Both are small Linen modules, so they may own
+parameters and state (collection ``quant_state``); the arithmetic lives in ``bnn_jax.ops``.
+
+To add one: a function in ``ops``, a subclass here, a line in ``bnn_jax.quantizers.WEIGHT`` or ``ACT``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Shape = tuple[int, ...]
+Initializer = Callable[..., jax.Array]
+
+
+@flax.struct.dataclass
+class QuantContext:
+    """Everything a module needs besides its input and its variables.
+
+    Attributes:
+      train: whether batch statistics are used and state may change (static).
+      stream: 'quant' for the network itself, 'real' for the second, real-valued pass of self-distillation (static).
+      step: int32 scalar, optimiser steps done before this one.
+      knobs: scalars that follow a schedule, by name.
+      choice: int32 vector of chosen branches, or None outside a supernet.
+      mask: (N,) bool, the valid rows of the batch; None means all.
+    """
+
+    train: bool = flax.struct.field(pytree_node=False, default=False)
+    stream: str = flax.struct.field(pytree_node=False, default="quant")
+    step: jax.Array | int = 0
+    knobs: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    choice: jax.Array | None = None
+    mask: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Encoded:
+    """Weights as table look-ups: ``levels[indices] * scale`` is the quantized kernel.
+
+    Attributes:
+      indices: unsigned integers of the kernel's shape.
+      levels: (L,) float32, increasing.
+      scale: float32, broadcastable to the kernel.
+    """
+
+    indices: jax.Array
+    levels: jax.Array
+    scale: jax.Array
+
+    def decode(self) -> jax.Array:
+        """The quantized kernel."""
+        return self.levels[self.indices] * self.scale
+
+
+class WeightQuantizer(nn.Module):
+    """Base class of weight quantizers; the base itself is the identity (32-bit weights).
+
+    Attributes:
+      bits: nominal stored bits per weight.
+    """
+
+    bits: float = 32.0
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits stored per weight; a quantizer around another one answers with the inner one's."""
+        return float(self.bits)
+
+    def latent_shape(self, kernel_shape: Shape) -> Shape:
+        """Shape of the trainable tensor behind a kernel of ``kernel_shape`` (kh, kw, I, O)."""
+        return kernel_shape
+
+    def latent_init(self, kernel_init: Initializer) -> Initializer:
+        """Initialiser of the trainable tensor, given the layer's initialiser of kernels."""
+        return kernel_init
+
+    def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
+        """Quantized kernel (kh, kw, I, O) from the latent weights."""
+        return latent
+
+    def real_kernel(self, latent: jax.Array) -> jax.Array:
+        """Real-valued view of the weights, for the real stream of self-distillation."""
+        return latent
+
+    def code_scale(self, latent: jax.Array) -> jax.Array | None:
+        """Scale whose integer multiples, at most 256 in magnitude, are the quantized weights; None if there is none."""
+        return None
+
+    def encode(self, latent: jax.Array) -> Encoded | None:
+        """Exact look-up form of the evaluation weights, or None for real-valued weights."""
+        return None
+
+
+class ActQuantizer(nn.Module):
+    """Base class of activation quantizers; the base itself is the identity (32-bit activations).
+
+    Attributes:
+      bits: bits per activation.
+    """
+
+    bits: float = 32.0
+
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """Quantized activations of the shape of ``x`` (N, H, W, C)."""
+        return x
+
+    def levels(self) -> jax.Array | None:
+        """The values activations can take, increasing, or None if they are not a fixed set."""
+        return None
+
+    def code_scale(self) -> jax.Array | float | None:
+        """Scale whose integer multiples, at most 256 in magnitude, are the levels; None if there is none."""
+        return None
+
+
+def encode_integers(codes: jax.Array, scale: jax.Array, lowest: int, highest: int, step: int = 1) -> Encoded:
+    """Look-up form of ``codes * scale`` for integer codes ``lowest, lowest + step, ..., highest``.
+
+    Args:
+      codes: integers as floats, of the kernel's shape.
+      scale: broadcastable to the kernel.
+      lowest: smallest code.
+      highest: largest code; at most 65,536 codes in all.
+      step: distance of neighbouring codes.
+    """
+    levels = jnp.arange(lowest, highest + 1, step, dtype=jnp.float32)
+    dtype = jnp.uint8 if levels.size <= 256 else jnp.uint16
+    indices = jnp.round((codes - lowest) / step).astype(dtype)
+    return Encoded(indices=indices, levels=levels, scale=jnp.asarray(scale, jnp.float32))
+
+
+def validate_bits(bits: Any, accepted: range | tuple[int, ...], name: str) -> None:
+    """Raises ValueError unless ``bits`` is one of ``accepted``."""
+    if bits not in accepted:
+        raise ValueError(f"{name}: bits={bits!r}: accepted are {', '.join(map(str, accepted))}")

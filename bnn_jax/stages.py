@@ -1,0 +1,240 @@
+"""Stages: a whole training run as plain data.
+
+A method is a function ``stages(config) -> tuple[Stage, ...]``. Everything in a stage is a frozen dataclass of plain
+values, so it can be printed, compared, written as JSON and fingerprinted; nothing here imports jax. The pipeline turns
+each stage into a network, a data source, objectives and an optimiser, trains it and hands its result to the next.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A named choice from one of the tables (networks, quantizers, objectives, schedules) and its options.
+
+    Attributes:
+      name: key in the table.
+      options: sorted pairs ``(keyword, value)``; a value is a number, a string, a bool, None, a tuple or another Spec.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The options as keyword arguments."""
+        return dict(self.options)
+
+
+def spec(name: str, **options: Any) -> Spec:
+    """Builds a ``Spec``; options are sorted, so that equal choices compare and hash equal."""
+    return Spec(name, tuple(sorted(options.items())))
+
+
+IDENTITY = Spec("identity")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """Which quantizer each kind of layer uses.
+
+    Attributes:
+      weight: weight quantizer of the inner convolutions.
+      act: activation quantizer of the inner convolutions.
+      first: weight quantizer of the first layer (it reads the image).
+      last: weight quantizer of the classifier.
+      shortcut: weight quantizer of the 1x1 shortcut convolutions.
+    """
+
+    weight: Spec = IDENTITY
+    act: Spec = IDENTITY
+    first: Spec = IDENTITY
+    last: Spec = IDENTITY
+    shortcut: Spec = IDENTITY
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Which images are trained and evaluated on; the folder they lie in is no part of it.
+
+    Attributes:
+      name: key in the table of data sources ('cifar10', 'cifar100', 'digits', 'synthetic', ...).
+      num_train: number of training images used, the first ones in the stored order; None takes all.
+      num_eval: number of test images used; None takes all.
+      validation_fraction: share of the training images held out to choose the best epoch; 0 chooses on the test set.
+      augment: 'pad_crop_flip' (zero padding, random crop, horizontal flip), 'pad_crop' or 'none'.
+      options: further options of the source, such as the image size of generated images.
+    """
+
+    name: str
+    num_train: int | None = None
+    num_eval: int | None = None
+    validation_fraction: float = 0.0
+    augment: str = "pad_crop_flip"
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are optimised alike; the first group whose pattern matches a parameter's path takes it.
+
+    Attributes:
+      pattern: regular expression, searched in the path ('layer1_0/conv1/kernel').
+      weight_decay: coupled L2 factor (gradient += weight_decay * parameter).
+      learning_rate_scale: factor on the learning rate; 0 freezes the group.
+    """
+
+    pattern: str
+    weight_decay: float = 0.0
+    learning_rate_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSpec:
+    """How the parameters are optimised.
+
+    Attributes:
+      optimizer: 'sgd' (options momentum, nesterov) or 'adam' (options b1, b2, eps).
+      learning_rate: schedule of the learning rate; its boundaries are in epochs.
+      epochs: number of passes over the training images.
+      batch_size: global batch size in images.
+      groups: parameter groups; a parameter that no pattern matches is an error.
+      drop_last_batch: whether the last, partial batch of an epoch is left out.
+      gradient_clip_norm: global L2 norm the gradient is clipped to; None does not clip.
+    """
+
+    optimizer: Spec
+    learning_rate: Spec
+    epochs: int
+    batch_size: int
+    groups: tuple[ParameterGroup, ...] = (ParameterGroup(".*"),)
+    drop_last_batch: bool = False
+    gradient_clip_norm: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run of the chain.
+
+    Attributes:
+      name: name of the stage, also of its folder.
+      network: network and its options; the number of classes comes from the data.
+      quant: quantizers of the network's layers.
+      data: images.
+      objectives: loss terms; the loss is their sum.
+      optim: optimiser, schedule, epochs.
+      kind: 'train', or 'search' for an architecture search.
+      knobs: (name, schedule) pairs evaluated at every step and handed to the quantizers and objectives.
+      projections: changes of the variables right before or after the optimiser.
+      init_from: where the initial variables come from: 'stage:NAME', 'stage:NAME@best', 'file:PATH' or None.
+      transfer: collections copied from there ('params', 'batch_stats', 'quant_state').
+      may_be_new: regular expressions of paths ('params/...') that may be missing there and keep their own initial value.
+      recompute: regular expressions of paths ('quant_state/.*/mask') made anew from the copied parameters.
+      teacher: where the teacher's variables and network come from (as init_from), or None.
+      choice: 'none', 'uniform' (a random branch per step) or a reference to a search result.
+      seed: seed of data order, augmentation and random draws.
+      init_seed: seed of the initial variables (and so of pruning masks drawn from them).
+      bits: nominal bits per weight, for tables only.
+      compute_dtype: 'float32' or 'bfloat16' (convolutions of integer codes only).
+    """
+
+    name: str
+    network: Spec
+    quant: QuantSpec
+    data: DataSpec
+    objectives: tuple[Spec, ...]
+    optim: OptimSpec
+    kind: Literal["train", "search"] = "train"
+    knobs: tuple[tuple[str, Spec], ...] = ()
+    projections: tuple[Spec, ...] = ()
+    init_from: str | None = None
+    transfer: tuple[str, ...] = ("params",)
+    may_be_new: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
+    teacher: str | None = None
+    choice: str = "none"
+    seed: int = 0
+    init_seed: int = 0
+    bits: float = 32.0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A parsed reference to saved variables.
+
+    Attributes:
+      kind: 'stage' or 'file'.
+      target: the stage's name or the file's path.
+      which: 'last' or 'best' epoch of a stage.
+    """
+
+    kind: Literal["stage", "file"]
+    target: str
+    which: Literal["last", "best"] = "last"
+
+
+def parse_reference(text: str) -> Reference:
+    """Parses 'stage:NAME', 'stage:NAME@best', 'stage:NAME@last' or 'file:PATH'.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    kind, _, target = text.partition(":")
+    if kind == "file" and target:
+        return Reference("file", target)
+    if kind == "stage" and target:
+        name, _, which = target.partition("@")
+        if name and which in ("", "last", "best"):
+            return Reference("stage", name, which or "last")  # type: ignore[arg-type]
+    raise ValueError(f"reference {text!r}: accepted are 'stage:NAME', 'stage:NAME@best' and 'file:PATH'")
+
+
+def to_json(value: Any) -> Any:
+    """Turns a stage, or any part of it, into plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, Spec):
+            return {"name": value.name, **{key: to_json(option) for key, option in value.options}}
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def fingerprint(stage: Stage, stages: tuple[Stage, ...]) -> str:
+    """SHA-256 of the stage and of every stage it refers to, so that a change anywhere up the chain shows.
+
+    Args:
+      stage: the stage.
+      stages: the whole chain, searched for the stages it refers to.
+    """
+    by_name = {other.name: other for other in stages}
+    content: dict[str, Any] = {"stage": to_json(stage)}
+    for field in ("init_from", "teacher", "choice"):
+        reference = getattr(stage, field)
+        if reference and reference.startswith("stage:"):
+            content[field] = fingerprint(by_name[parse_reference(reference).target], stages)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def differing_keys(old: Any, new: Any, path: str = "") -> list[str]:
+    """Paths, with both values, at which two JSON values differ, e.g. 'optim.epochs: 2 -> 3'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        missing = object()
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            here = f"{path}.{key}" if path else str(key)
+            found += differing_keys(old.get(key, missing), new.get(key, missing), here)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [row for i, pair in enumerate(zip(old, new)) for row in differing_keys(*pair, f"{path}[{i}]")]
+    if old == new:
+        return []
+
+    def show(value: Any) -> str:
+        return "absent" if type(value) is object else json.dumps(value)
+
+    return [f"{path}: {show(old)} -> {show(new)}"]

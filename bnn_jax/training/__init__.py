@@ -1,0 +1,1 @@
+"""Training: state, optimisers, schedules, the step, the loop, checkpoints. One of each, for every method."""

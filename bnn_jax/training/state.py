@@ -1,0 +1,37 @@
+"""Everything that must survive a restart, in one pytree."""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of one training stage.
+
+    Attributes:
+      step: int32 scalar, optimiser steps done.
+      params: trainable parameters.
+      batch_stats: running statistics of BatchNorm.
+      quant_state: state of the quantizers (masks, codebook memories); {} if there is none.
+      opt_state: optimiser state.
+      objective_state: state of the objectives by name; {} if there is none.
+      metric_sums: sums over the images of the current epoch, so that an epoch's metrics survive a restart too.
+      rng: typed key all random draws are folded from; it never changes.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    quant_state: Any
+    opt_state: Any
+    objective_state: Any
+    metric_sums: Any
+    rng: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The collections the network is applied with."""
+        collections = {"params": self.params, "batch_stats": self.batch_stats, "quant_state": self.quant_state}
+        return {name: value for name, value in collections.items() if value}
