@@ -126,15 +126,12 @@ class Stage:
       data: images.
       objectives: loss terms; the loss is their sum.
       optim: optimiser, schedule, epochs.
-      kind: 'train', or 'search' for an architecture search.
       knobs: (name, schedule) pairs evaluated at every step and handed to the quantizers and objectives.
-      projections: changes of the variables right before or after the optimiser.
       init_from: where the initial variables come from: 'stage:NAME', 'stage:NAME@best', 'file:PATH' or None.
       transfer: collections copied from there ('params', 'batch_stats', 'quant_state').
       may_be_new: regular expressions of paths ('params/...') that may be missing there and keep their own initial value.
       recompute: regular expressions of paths ('quant_state/.*/mask') made anew from the copied parameters.
       teacher: where the teacher's variables and network come from (as init_from), or None.
-      choice: 'none', 'uniform' (a random branch per step) or a reference to a search result.
       seed: seed of data order, augmentation and random draws.
       init_seed: seed of the initial variables (and so of pruning masks drawn from them).
       bits: nominal bits per weight, for tables only.
@@ -147,15 +144,12 @@ class Stage:
     data: DataSpec
     objectives: tuple[Spec, ...]
     optim: OptimSpec
-    kind: Literal["train", "search"] = "train"
     knobs: tuple[tuple[str, Spec], ...] = ()
-    projections: tuple[Spec, ...] = ()
     init_from: str | None = None
     transfer: tuple[str, ...] = ("params",)
     may_be_new: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
     teacher: str | None = None
-    choice: str = "none"
     seed: int = 0
     init_seed: int = 0
     bits: float = 32.0
@@ -213,7 +207,7 @@ def fingerprint(stage: Stage, stages: tuple[Stage, ...]) -> str:
     """
     by_name = {other.name: other for other in stages}
     content: dict[str, Any] = {"stage": to_json(stage)}
-    for field in ("init_from", "teacher", "choice"):
+    for field in ("init_from", "teacher"):
         reference = getattr(stage, field)
         if reference and reference.startswith("stage:"):
             content[field] = fingerprint(by_name[parse_reference(reference).target], stages)

@@ -1,0 +1,77 @@
+"""What a loss term is: it sees a batch and the network's outputs, may keep a state, and returns a scalar."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from bnn_jax.quantizers.base import QuantContext
+
+
+@flax.struct.dataclass
+class Batch:
+    """A prepared batch.
+
+    Attributes:
+      images: (N, H, W, C), float32, normalised.
+      labels: (N,), int32.
+      mask: (N,), bool, False for rows that only fill up the batch.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What the forward passes of one step produced, before the update.
+
+    Attributes:
+      logits: (N, K).
+      features: (N, D), input of the classifier.
+      teacher_logits: (N, K) of the teacher in evaluation mode, or None where no objective asks for it.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    teacher_logits: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Base of the loss terms. The loss of a step is the sum over its objectives.
+
+    Attributes:
+      weight: factor on the term.
+    """
+
+    weight: float = 1.0
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What the step has to provide besides logits and features: 'teacher_logits'."""
+
+    def init(self, num_classes: int) -> Any:
+        """State at the start of a stage, a pytree of arrays; {} if the term has none."""
+        return {}
+
+    def __call__(self, outputs: Outputs, batch: Batch, state: Any, ctx: QuantContext) -> jax.Array:
+        """The term without its weight, a scalar float32, as it is logged."""
+        raise NotImplementedError
+
+    def after_step(self, outputs: Outputs, batch: Batch, state: Any) -> Any:
+        """State after a step; called inside jit with the outputs from before the update."""
+        return state
+
+    def after_epoch(self, state: Any) -> Any:
+        """State after an epoch."""
+        return state
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of per-row values (N,) over the rows where ``mask`` (N,) is True."""
+    weight = mask.astype(values.dtype)
+    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1)

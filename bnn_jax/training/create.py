@@ -1,0 +1,130 @@
+"""The initial state of a stage: fresh variables, copied ones, and those made anew from the copied ones."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnn_jax.errors import CheckpointError
+from bnn_jax.objectives.base import Objective
+from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.training.devices import Devices
+from bnn_jax.training.state import TrainState
+from bnn_jax.training.steps import zero_metric_sums
+
+COLLECTIONS = ("params", "batch_stats", "quant_state")
+
+
+def init_variables(network: Any, key: jax.Array, images: jax.Array) -> dict[str, Any]:
+    """Fresh variables of a network.
+
+    Args:
+      network: Linen module.
+      key: random key.
+      images: (N, H, W, C) normalised images; quantizers that start from data see these.
+    """
+    return dict(jax.jit(network.init)({"params": key, "quant": key}, images, QuantContext(train=True)))
+
+
+def variable_shapes(network: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Shapes and types of a network's variables, without computing anything."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
+    return dict(jax.eval_shape(lambda x: network.init(keys, x, QuantContext(train=True)), images))
+
+
+def transfer(
+    source: dict[str, Any], target: dict[str, Any], *, collections: Sequence[str], may_be_new: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``target`` with the named collections taken from ``source``, in buffers of their own.
+
+    Args:
+      source: variables of another network.
+      target: fresh variables.
+      collections: which collections are copied.
+      may_be_new: patterns of paths ('params/...') that keep their fresh value where the source has none.
+
+    Raises:
+      CheckpointError: a path that is missing in the source, unknown in the target, or of another shape.
+    """
+    result = dict(target)
+    for collection in collections:
+        if collection not in target:
+            continue
+        old = flax.traverse_util.flatten_dict(source.get(collection, {}), sep="/")
+        new = flax.traverse_util.flatten_dict(target[collection], sep="/")
+        for path, value in new.items():
+            full = f"{collection}/{path}"
+            if path in old and jnp.shape(old[path]) == jnp.shape(value):
+                new[path] = jnp.array(old[path], dtype=value.dtype, copy=True)
+            elif path not in old and any(re.search(pattern, full) for pattern in may_be_new):
+                continue
+            else:
+                found = f"shape {jnp.shape(old[path])}" if path in old else "missing"
+                raise CheckpointError(f"initial variables: {full}: {found}, expected shape {jnp.shape(value)}")
+        unknown = sorted(old.keys() - new.keys())
+        if unknown:
+            raise CheckpointError(f"initial variables: {collection}/{unknown[0]} is not part of this network")
+        result[collection] = flax.traverse_util.unflatten_dict(new, sep="/")
+    return result
+
+
+def recompute(
+    network: Any, variables: dict[str, Any], images: jax.Array, *, patterns: Sequence[str]
+) -> dict[str, Any]:
+    """Variables in which every leaf that a pattern matches ('quant_state/.*/mask') is made anew by the network.
+
+    Linen creates only what is missing: the matching leaves are dropped, and one forward pass makes them from the other
+    variables and the images.
+    """
+    if not patterns:
+        return variables
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    kept = {path: leaf for path, leaf in flat.items() if not any(re.search(p, path) for p in patterns)}
+    variables = flax.traverse_util.unflatten_dict(kept, sep="/")
+
+    def forward(variables: dict[str, Any], images: jax.Array):
+        return network.apply(variables, images, QuantContext(), mutable=list(COLLECTIONS), rngs=keys)[1]
+
+    keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
+    return dict(jax.jit(forward)(variables, images))
+
+
+def create_state(
+    variables: dict[str, Any],
+    *,
+    optimizer: optax.GradientTransformation,
+    objectives: Sequence[Objective],
+    num_classes: int,
+    seed: int,
+    devices: Devices,
+) -> TrainState:
+    """The state before the first step, replicated on all devices.
+
+    Args:
+      variables: params, batch_stats, quant_state.
+      optimizer: optax transformation.
+      objectives: loss terms.
+      num_classes: K.
+      seed: seed of the stage's random draws.
+      devices: placement.
+    """
+    states = {objective.name: objective.init(num_classes) for objective in objectives}
+
+    def make(variables: dict[str, Any]) -> TrainState:
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            quant_state=variables.get("quant_state", {}),
+            opt_state=optimizer.init(variables["params"]),
+            objective_state={name: value for name, value in states.items() if jax.tree.leaves(value)},
+            metric_sums=zero_metric_sums(objectives),
+            rng=jax.random.key(seed),
+        )
+
+    return jax.jit(make, out_shardings=devices.replicated)(variables)

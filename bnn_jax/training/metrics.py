@@ -1,0 +1,57 @@
+"""The record of a stage: one JSON line per epoch, appended as it happens and cut back on resume."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bnn_jax.errors import UserError
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Appends one record and makes sure it is on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All complete records; a last line cut short by a crash is left out.
+
+    Raises:
+      UserError: a line in the middle is damaged.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is damaged; remove that line to go on") from None
+    return records
+
+
+def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the records after ``step``, which are about to be made again, and returns the others."""
+    records = read(path)
+    kept = [record for record in records if record["step"] <= step]
+    if path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary.replace(path)
+    return kept
+
+
+def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:
+    """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term."""
+    sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+    count = max(sums["count"], 1.0)
+    terms = {name: value / count for name, value in sums.items() if name.startswith("loss/")}
+    return {"train_loss": sums["loss"] / count, "train_top1": 100.0 * sums["correct"] / count, **terms}

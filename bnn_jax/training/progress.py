@@ -1,0 +1,87 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+PLAIN_LOG_SECONDS = 30.0
+
+
+class Progress:
+    """Shows how far a stage is.
+
+    On a terminal: a bar with images/s, loss, top-1 and the time left. Elsewhere: a line per epoch, and one at least every 30 s.
+
+    Args:
+      title: name of the stage.
+      total_steps: optimiser steps of the whole stage.
+      start_step: steps already done.
+      epochs: epochs of the whole stage.
+    """
+
+    def __init__(self, title: str, *, total_steps: int, start_step: int, epochs: int):
+        self.title, self.total_steps, self.start_step, self.epochs = title, total_steps, start_step, epochs
+        self.step = start_step
+        self._started = self._last_shown = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            self._bar, self._task = _make_bar(self.title, self.total_steps, self.start_step)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, *, step: int, epoch: int, images_per_second: float, loss: float, top1: float) -> None:
+        """Shows the state after ``step`` optimiser steps; ``loss`` and ``top1`` (percent) are the epoch's means so far."""
+        self.step = step
+        status = f"epoch {epoch + 1}/{self.epochs}  {images_per_second:,.0f} img/s  loss {loss:.3f}  top-1 {top1:.1f} %"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        elif time.monotonic() - self._last_shown >= PLAIN_LOG_SECONDS:
+            self._last_shown = time.monotonic()
+            self.say(f"{self.title}: {status}  {self.time_left()} left")
+
+    def epoch_done(self, record: dict[str, Any]) -> None:
+        """Logs an epoch's record as one line."""
+        self._last_shown = time.monotonic()
+        line = (
+            f"{self.title}: epoch {record['epoch'] + 1}/{self.epochs}  train loss {record['train_loss']:.4f}  "
+            f"train top-1 {record['train_top1']:.2f} %  test top-1 {record['test_top1']:.2f} %  "
+            f"{record['images_per_second']:,.0f} img/s  {self.time_left()} left"
+        )
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def time_left(self) -> str:
+        """Estimated time to the end of the stage, 'H:MM:SS'."""
+        done = self.step - self.start_step
+        if done <= 0:
+            return "?"
+        seconds = round((time.monotonic() - self._started) / done * (self.total_steps - self.step))
+        return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+
+
+def _make_bar(title: str, total: int, completed: int):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    return bar, bar.add_task(title, total=total, completed=completed, status="compiling ...")

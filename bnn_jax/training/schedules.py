@@ -1,0 +1,76 @@
+"""Schedules: scalars that follow the training step, as functions usable inside jit."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bnn_jax.stages import Spec
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def constant(*, value: float, steps_per_epoch: int, epochs: int) -> Schedule:
+    """``value`` at every step."""
+    return lambda step: jnp.full(jnp.shape(step), value, jnp.float32)
+
+
+def piecewise(
+    *, boundaries: tuple[float, ...], values: tuple[float, ...], steps_per_epoch: int, epochs: int
+) -> Schedule:
+    """``values[i]`` in epoch e, where i is the number of boundaries that are <= e.
+
+    Args:
+      boundaries: increasing, in epochs.
+      values: one more than boundaries.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: length of the stage.
+
+    Raises:
+      ValueError: the numbers of values and boundaries do not fit.
+    """
+    if len(values) != len(boundaries) + 1 or list(boundaries) != sorted(boundaries):
+        raise ValueError(
+            f"piecewise schedule: boundaries={boundaries!r}, values={values!r}: accepted are increasing boundaries "
+            "and one value more than boundaries"
+        )
+    limits = jnp.asarray([round(epoch * steps_per_epoch) for epoch in boundaries], jnp.int32)
+    table = jnp.asarray(values, jnp.float32)
+    return lambda step: table[jnp.sum(jnp.asarray(step)[..., None] >= limits, axis=-1)]
+
+
+def cosine(
+    *, initial: float, final: float = 0.0, warmup_epochs: float = 0.0, steps_per_epoch: int, epochs: int
+) -> Schedule:
+    """Linear rise from 0 over the warm-up, then half a cosine from ``initial`` to ``final`` at the last step.
+
+    Args:
+      initial: value after the warm-up.
+      final: value at the end.
+      warmup_epochs: length of the rise.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: length of the stage.
+    """
+    warmup = warmup_epochs * steps_per_epoch
+    span = max(epochs * steps_per_epoch - warmup, 1)
+
+    def schedule(step: jax.Array) -> jax.Array:
+        progress = jnp.clip((step - warmup) / span, 0.0, 1.0)
+        falling = final + (initial - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, initial * step / max(warmup, 1), falling).astype(jnp.float32)
+
+    return schedule
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": constant, "piecewise": piecewise, "cosine": cosine}
+
+
+def build(spec: Spec, *, steps_per_epoch: int, epochs: int) -> Schedule:
+    """Builds the schedule a ``Spec`` names: a function from the int32 step to a float32 scalar.
+
+    Raises:
+      ValueError: the name is not in the table or an option does not fit.
+    """
+    if spec.name not in SCHEDULES:
+        raise ValueError(f"schedule {spec.name!r}: accepted are {', '.join(SCHEDULES)}")
+    return SCHEDULES[spec.name](**spec.kwargs, steps_per_epoch=steps_per_epoch, epochs=epochs)

@@ -1,0 +1,217 @@
+"""The training step and the evaluation step: one of each, for every method, network and quantizer.
+
+Order of a training step: context of the step -> forward -> teacher's forward (where an objective needs it) -> sum of the objectives
+-> gradient -> optimiser -> state of the objectives -> sums of the epoch's metrics.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnn_jax.objectives.base import Batch, Objective, Outputs
+from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.training.devices import Devices
+from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.state import TrainState
+
+# Streams of random numbers inside a step, each folded into the step's key.
+AUGMENTATION, QUANTIZER = 0, 1
+
+PrepareTrain = Callable[[jax.Array, jax.Array], jax.Array]
+PrepareEval = Callable[[jax.Array], jax.Array]
+
+
+@flax.struct.dataclass
+class Constants:
+    """Arrays a stage's steps read but never change.
+
+    Attributes:
+      images: (M, H, W, C), uint8, the training images.
+      labels: (M,), int32.
+      teacher: variables of the teacher, or {}.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    teacher: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+    """What a training step is made of.
+
+    Attributes:
+      network: Linen module (images, context) -> NetworkOutput.
+      objectives: loss terms.
+      optimizer: optax transformation.
+      prepare: (uint8 images, key) -> float32 images; augmentation and normalisation.
+      knobs: schedules by name.
+      teacher: the teacher's Linen module, or None.
+    """
+
+    network: Any
+    objectives: tuple[Objective, ...]
+    optimizer: optax.GradientTransformationExtraArgs
+    prepare: PrepareTrain
+    knobs: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
+    teacher: Any = None
+
+
+def needs_teacher(objectives: Sequence[Objective]) -> bool:
+    """Whether any objective reads the teacher's logits."""
+    return any("teacher_logits" in objective.needs for objective in objectives)
+
+
+def zero_metric_sums(objectives: Sequence[Objective]) -> dict[str, jax.Array]:
+    """The epoch's sums at its start; ``non_finite_step`` is -1 until a loss is NaN or infinite."""
+    names = ["count", "correct", "loss", *(f"loss/{objective.name}" for objective in objectives)]
+    sums = {name: jnp.zeros((), jnp.float32) for name in names}
+    return {**sums, "non_finite_step": jnp.full((), -1, jnp.int32)}
+
+
+def train_step(
+    parts: StepParts, state: TrainState, constants: Constants, indices: jax.Array, mask: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step, a pure function to be jitted.
+
+    Args:
+      parts: static parts.
+      state: state before the step.
+      constants: training images, labels, teacher.
+      indices: (N,), int32, rows of the training images.
+      mask: (N,), bool, False for rows that only fill up the batch.
+
+    Returns:
+      The state after the step, and scalars of this step: loss, each objective, count and correct.
+    """
+    key = jax.random.fold_in(state.rng, state.step)
+    images = parts.prepare(constants.images[indices], jax.random.fold_in(key, AUGMENTATION))
+    batch = Batch(images=images, labels=constants.labels[indices], mask=mask)
+    knobs = {name: schedule(state.step) for name, schedule in parts.knobs.items()}
+    ctx = QuantContext(train=True, step=state.step, knobs=knobs, mask=mask)
+    teacher_logits = None
+    if needs_teacher(parts.objectives):
+        teacher_logits = parts.teacher.apply(constants.teacher, images, ctx.replace(train=False)).logits
+
+    def loss_function(params: Any):
+        output, updates = parts.network.apply(
+            {**state.variables, "params": params},
+            images,
+            ctx,
+            mutable=["batch_stats", "quant_state"],
+            rngs={"quant": jax.random.fold_in(key, QUANTIZER)},
+        )
+        outputs = Outputs(logits=output.logits, features=output.features, teacher_logits=teacher_logits)
+        terms = {o.name: o(outputs, batch, state.objective_state.get(o.name, {}), ctx) for o in parts.objectives}
+        loss = sum(o.weight * terms[o.name] for o in parts.objectives)
+        return loss, (outputs, updates, terms)
+
+    (loss, (outputs, updates, terms)), grads = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+    changes, opt_state = parts.optimizer.update(grads, state.opt_state, state.params, ctx=ctx)
+    metrics = _step_metrics(loss, terms, outputs, batch)
+    new_state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, changes),
+        batch_stats=updates.get("batch_stats", state.batch_stats),
+        quant_state=updates.get("quant_state", state.quant_state),
+        opt_state=opt_state,
+        objective_state=_objective_states(parts.objectives, state, outputs, batch),
+        metric_sums=_add_metrics(state.metric_sums, metrics, state.step),
+    )
+    return new_state, metrics
+
+
+def _objective_states(objectives: Sequence[Objective], state: TrainState, outputs: Outputs, batch: Batch) -> Any:
+    return {
+        objective.name: objective.after_step(outputs, batch, state.objective_state[objective.name])
+        for objective in objectives
+        if objective.name in state.objective_state
+    }
+
+
+def _step_metrics(loss: jax.Array, terms: dict, outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    right = (jnp.argmax(outputs.logits, axis=-1) == batch.labels) & batch.mask
+    return {
+        "loss": loss,
+        **{f"loss/{name}": value for name, value in terms.items()},
+        "count": jnp.sum(batch.mask.astype(jnp.float32)),
+        "correct": jnp.sum(right.astype(jnp.float32)),
+    }
+
+
+def _add_metrics(sums: dict[str, jax.Array], metrics: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+    """Adds a step's metrics to the epoch's sums; means are weighted by the number of images."""
+    weighted = {
+        name: value if name in ("count", "correct") else value * metrics["count"] for name, value in metrics.items()
+    }
+    new = {name: sums[name] + value for name, value in weighted.items()}
+    first = (sums["non_finite_step"] < 0) & ~jnp.isfinite(metrics["loss"])
+    return {**new, "non_finite_step": jnp.where(first, step, sums["non_finite_step"])}
+
+
+def compile_train_steps(parts: StepParts, devices: Devices) -> Callable:
+    """Jitted function of (state, constants, indices (K, N), mask (K, N)) that runs K steps in one dispatch.
+
+    The state is donated. Returns the new state and the steps' metrics stacked (K,).
+    """
+
+    def run(state: TrainState, constants: Constants, indices: jax.Array, mask: jax.Array):
+        if indices.shape[0] == 1:
+            state, metrics = train_step(parts, state, constants, indices[0], mask[0])
+            return state, jax.tree.map(lambda value: value[None], metrics)
+        # Convolutions in the body of an XLA:CPU loop are 20 times slower than outside: there the loop is unrolled.
+        unroll = indices.shape[0] if jax.default_backend() == "cpu" else 1
+        return jax.lax.scan(
+            lambda carry, xs: train_step(parts, carry, constants, *xs), state, (indices, mask), unroll=unroll
+        )
+
+    replicated, rows = devices.replicated, devices.stacked_rows
+    return jax.jit(
+        run,
+        in_shardings=(replicated, replicated, rows, rows),
+        out_shardings=(replicated, replicated),
+        donate_argnums=0,
+    )
+
+
+def compile_end_of_epoch(objectives: Sequence[Objective], devices: Devices) -> Callable[[TrainState], TrainState]:
+    """Jitted function that lets the objectives close the epoch and clears the epoch's sums."""
+
+    def end_of_epoch(state: TrainState) -> TrainState:
+        states = {
+            objective.name: objective.after_epoch(state.objective_state[objective.name])
+            for objective in objectives
+            if objective.name in state.objective_state
+        }
+        return state.replace(objective_state=states, metric_sums=zero_metric_sums(objectives))
+
+    return jax.jit(end_of_epoch, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)
+
+
+def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices) -> Callable:
+    """Jitted function of (variables, images, labels, indices (N,), mask (N,)) -> sums over the valid rows.
+
+    The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among the five
+    largest logits (among all where there are fewer classes).
+    """
+
+    def run(variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array, mask: jax.Array):
+        logits = network.apply(variables, prepare(images[indices]), QuantContext(mask=mask)).logits
+        labels = labels[indices]
+        _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        hits = (top == labels[:, None]) & mask[:, None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return {
+            "correct1": jnp.sum(hits[:, 0]),
+            "correct5": jnp.sum(hits),
+            "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+            "count": jnp.sum(mask),
+        }
+
+    replicated, rows = devices.replicated, devices.rows
+    return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows), out_shardings=replicated)
