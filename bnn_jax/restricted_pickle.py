@@ -56,8 +56,8 @@ def load(
 ) -> Any:
     """Reads one pickle (protocols 2 to 5) that holds nothing but plain data and the allowed globals.
 
-    Plain data are None, booleans, numbers, strings, bytes, tuples, lists and dictionaries with plain keys; containers may
-    be shared and may contain themselves.
+    Plain data are None, booleans, numbers, strings, bytes, tuples, lists and dictionaries with plain keys; containers
+    may be shared and may contain themselves.
 
     Args:
       file: binary file, read to its end.
