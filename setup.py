@@ -1,0 +1,66 @@
+"""The package and what it needs; `pip install -e '.[test,report]'` for work on it."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version in ``bnn_jax/__init__.py``, read without importing the package."""
+    text = (ROOT / "bnn_jax" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("bnn_jax/__init__.py: no line '__version__ = \"...\"'")
+    return found.group(1)
+
+
+def read_description() -> str:
+    """The README, or nothing where it is absent (a bare copy of the sources)."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+CORE = [
+    "jax>=0.10,<0.13",
+    "flax>=0.12",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "tensorflow-datasets>=4.9.10",  # the readers of prepared data only; TensorFlow itself is never needed
+    "array_record>=0.8",
+    "grain>=0.2.16",
+    "ml_collections>=1.1",
+    "chex>=0.1.91",
+    "absl-py>=2.3",
+    "rich>=14.0",
+    "pillow>=11.0",
+    "scikit-learn>=1.6",  # its digits are the data set that is always at hand
+    "numpy>=2.0",
+]
+
+setup(
+    name="bnn_jax",
+    version=read_version(),
+    description="Binary and low-bit neural networks in JAX and Flax",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["bnn_jax", "bnn_jax.*"]),
+    install_requires=CORE,
+    extras_require={
+        "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6"],
+        "report": ["matplotlib>=3.9"],
+        "dev": ["ruff>=0.17,<0.18", "pyright[nodejs]>=1.1.408", "pre-commit>=4.0"],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
