@@ -1,0 +1,206 @@
+"""Checking a config before anything is trained: unknown keys, wrong types, values out of range, impossible combinations.
+
+``validate`` compares a config with the schema below. Every method adds its own section (``config.<method>``) to ``SECTIONS``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bnn_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a config key accepts.
+
+    Attributes:
+      type: int, float, str, bool or tuple.
+      accepted: the values, or a test with its description.
+      item: type of the items of a tuple.
+      optional: whether None is accepted (and means: as the preset or the data set says).
+    """
+
+    type: type
+    accepted: tuple[Any, ...] | tuple[str, Callable[[Any], bool]] | None = None
+    item: type | None = None
+    optional: bool = False
+
+
+def _range(description: str, test: Callable[[Any], bool]) -> tuple[str, Callable[[Any], bool]]:
+    return (description, test)
+
+
+POSITIVE = _range("greater than 0", lambda value: value > 0)
+NOT_NEGATIVE = _range("0 or more", lambda value: value >= 0)
+FRACTION = _range("0 <= value < 1", lambda value: 0 <= value < 1)
+UNIT = _range("0 <= value <= 1", lambda value: 0 <= value <= 1)
+ALL_POSITIVE = _range("numbers greater than 0", lambda values: len(values) > 0 and all(v > 0 for v in values))
+ALL_NOT_NEGATIVE = _range("numbers of 0 or more", lambda values: all(v >= 0 for v in values))
+CHAIN_BITS = _range(
+    "a falling sequence of 32, 8 to 1", lambda bits: len(bits) > 0 and all(b == 32 or 1 <= b <= 8 for b in bits)
+    and all(a > b for a, b in zip(bits, bits[1:]))
+)
+
+COMMON: dict[str, Key] = {
+    "method": Key(str),
+    "name": Key(str),
+    "seed": Key(int, NOT_NEGATIVE),
+    "network": Key(str),
+    "data.name": Key(str),
+    "data.data_dir": Key(str, optional=True),
+    "data.num_train": Key(int, POSITIVE, optional=True),
+    "data.num_eval": Key(int, POSITIVE, optional=True),
+    "data.validation_fraction": Key(float, FRACTION),
+    "data.augment": Key(str, ("pad_crop_flip", "pad_crop", "none")),
+    "data.image_size": Key(int, POSITIVE, optional=True),
+    "data.num_classes": Key(int, _range("2 or more", lambda value: value >= 2), optional=True),
+    "train.batch_size": Key(int, POSITIVE),
+    "train.eval_batch_size": Key(int, POSITIVE),
+    "train.momentum": Key(float, FRACTION),
+    "train.nesterov": Key(bool),
+    "train.weight_decay": Key(float, NOT_NEGATIVE),
+    "train.drop_last_batch": Key(bool),
+    "train.compute_dtype": Key(str, ("float32", "bfloat16")),
+    "train.steps_per_dispatch": Key(int, NOT_NEGATIVE),
+    "train.checkpoint_seconds": Key(float, NOT_NEGATIVE),
+}
+
+SECTIONS: dict[str, dict[str, Key]] = {
+    "asbq": {
+        "asbq.preset": Key(str, ("paper", "release", "checkpoint")),
+        "asbq.bits": Key(tuple, CHAIN_BITS, item=int),
+        "asbq.epochs": Key(tuple, ALL_POSITIVE, item=int),
+        "asbq.learning_rates": Key(tuple, ALL_POSITIVE, item=float),
+        "asbq.learning_rate_boundaries": Key(tuple, ALL_NOT_NEGATIVE, item=float),
+        "asbq.learning_rate_factors": Key(tuple, ALL_NOT_NEGATIVE, item=float),
+        "asbq.block": Key(str, ("release", "checkpoint", "imagenet"), optional=True),
+        "asbq.w1": Key(str, ("sign", "levels"), optional=True),
+        "asbq.prune_amount": Key(float, FRACTION),
+        "asbq.prune_apply": Key(str, ("before_quant", "after_quant"), optional=True),
+        "asbq.prune_source": Key(str, ("random_init", "copied_weights"), optional=True),
+        "asbq.mask_seed": Key(int, NOT_NEGATIVE),
+        "asbq.init": Key(str, ("uniform", "he_normal"), optional=True),
+        "asbq.copy_from": Key(str, ("best", "last"), optional=True),
+        "asbq.kd_weight": Key(float, UNIT, optional=True),
+        "asbq.kd_temperature": Key(float, POSITIVE),
+        "asbq.kd_reduction": Key(str, ("mean", "batchmean"), optional=True),
+        "asbq.kd_factor": Key(str, ("1", "T2", "2T2"), optional=True),
+    },
+}
+
+# Keys that say where or how a run is done, not what it computes: they may change between a run and its continuation.
+LOCATION_KEYS = frozenset(
+    {
+        "data.data_dir",
+        "train.eval_batch_size",
+        "train.steps_per_dispatch",
+        "train.checkpoint_seconds",
+    }
+)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of a nested mapping."""
+    flat = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def validate(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks a config against the schema.
+
+    Args:
+      config: nested mapping (a ConfigDict's ``to_dict()``).
+
+    Returns:
+      The config as nested plain dicts, numbers in the type the schema names, sequences as tuples.
+
+    Raises:
+      UserError: one line that names the key, its value and what is accepted.
+    """
+    from bnn_jax.data import SOURCES
+    from bnn_jax.networks import NETWORKS
+
+    flat = flatten(config)
+    method = flat.get("method")
+    if method not in SECTIONS:
+        raise UserError(f"config.method={method!r}: accepted are {', '.join(SECTIONS)}")
+    schema = {**COMMON, **SECTIONS[method]}
+    for key in flat:
+        if key not in schema:
+            raise UserError(f"config.{key}: unknown key; {_suggest(key, schema)}")
+    for key in schema:
+        if key not in flat:
+            raise UserError(f"config.{key} is missing; see configs/common.py")
+    values = {key: _check(key, flat[key], schema[key]) for key in schema}
+    for key, table in (("network", NETWORKS), ("data.name", SOURCES)):
+        if values[key] not in table:
+            raise UserError(f"config.{key}={values[key]!r}: accepted are {', '.join(table)}")
+    return _unflatten(values)
+
+
+def _suggest(key: str, schema: Mapping[str, Key]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, schema, n=1)
+    if close:
+        return f"did you mean config.{close[0]}?"
+    section = key.split(".")[0] + "."
+    return f"accepted are {', '.join(sorted(name for name in schema if name.startswith(section)) or sorted(schema))}"
+
+
+def _check(key: str, value: Any, rule: Key) -> Any:
+    """The value in the rule's type, or a UserError."""
+    if value is None:
+        if rule.optional:
+            return None
+        raise UserError(f"config.{key} is empty: accepted is {_describe(rule)}")
+    if rule.type is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
+        value = tuple(_number(key, item, rule.item, rule) for item in value)
+    else:
+        value = _number(key, value, rule.type, rule)
+    if rule.accepted is not None and not _accepts(rule.accepted, value):
+        raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
+    return value
+
+
+def _number(key: str, value: Any, kind: type | None, rule: Key) -> Any:
+    """``value`` as ``kind``: an int is a float too, a bool is no number, NaN and infinity are refused."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    fits = isinstance(value, kind or object) and not (kind in (int, float) and isinstance(value, bool))
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
+    return value
+
+
+def _accepts(accepted: tuple, value: Any) -> bool:
+    if len(accepted) == 2 and callable(accepted[1]):
+        return accepted[1](value)
+    return value in accepted
+
+
+def _describe(rule: Key) -> str:
+    kind = f"a tuple of {rule.item.__name__}" if rule.type is tuple and rule.item else f"{rule.type.__name__}"
+    if rule.accepted is None:
+        return kind
+    if len(rule.accepted) == 2 and callable(rule.accepted[1]):
+        return f"{kind}, {rule.accepted[0]}"
+    return f"one of {', '.join(map(repr, rule.accepted))}"
+
+
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return nested

@@ -1,0 +1,18 @@
+"""Table of the methods: each is a function from a validated config to the stages of a run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bnn_jax.methods import asbq
+from bnn_jax.stages import Stage
+
+METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {"asbq": asbq.stages}
+
+
+def build(config: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages of ``config.method``.
+
+    Raises:
+      UserError: a combination of values the method cannot do.
+    """
+    return METHODS[config["method"]](config)

@@ -1,0 +1,187 @@
+"""ASBQ: a chain of precisions 32 -> 8 -> 4 -> 2 -> 1 bit, each rung initialised (and taught) by the one before.
+
+Every rung is one training run; weights and activations share the bit width. A rung copies the trainable tensors of the rung before, not
+its masks, running statistics or optimiser state. 5 % of the filters of every quantized convolution are masked (VGG-Small: of the
+1x2 blocks). Three presets answer the questions on which paper and released code differ:
+
+  paper       truly binary last rung, masks from the copied weights applied after quantization, distillation (weight 0.5)
+  release     as the code at its last commit: "1-bit" weights with several levels, random masks before quantization, no distillation
+  checkpoint  as release, with the block the published 4-bit checkpoint was trained with
+
+Reference: Xu et al., "Adaptive Multi-bit Progressive Quantization for Stable Training of Binary Neural Networks"; release: Luadoo/ASBQ.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bnn_jax.errors import UserError
+from bnn_jax.methods.common import data_spec, sgd_spec
+from bnn_jax.stages import IDENTITY, QuantSpec, Spec, Stage, spec
+
+RELEASE: dict[str, Any] = {
+    "block": "release",
+    "w1": "levels",
+    "prune_apply": "before_quant",
+    "prune_source": "random_init",
+    "init": "uniform",
+    "copy_from": "best",
+    "kd_weight": 0.0,
+    "kd_reduction": "mean",
+    "kd_factor": "2T2",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "block": "release",
+        "w1": "sign",
+        "prune_apply": "after_quant",
+        "prune_source": "copied_weights",
+        "init": "he_normal",
+        "copy_from": "last",
+        "kd_weight": 0.5,
+        "kd_reduction": "batchmean",
+        "kd_factor": "T2",
+    },
+    "release": RELEASE,
+    "checkpoint": {**RELEASE, "block": "checkpoint"},
+}
+
+IMAGENET_NETWORKS = ("resnet18", "resnet34")
+PLAIN_NETWORKS = ("vgg_small",)
+
+
+def stage_name(bits: int) -> str:
+    """'w4a4' for 4 bits."""
+    return f"w{bits}a{bits}"
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The switches of the run: the preset's values, replaced by those given explicitly.
+
+    Raises:
+      UserError: a combination that does not exist.
+    """
+    asbq = config["asbq"]
+    preset = PRESETS[asbq["preset"]]
+    switches = {key: value if asbq[key] is None else asbq[key] for key, value in preset.items()}
+    network = config["network"]
+    if network in IMAGENET_NETWORKS:
+        if asbq["preset"] == "checkpoint" or asbq["block"] not in (None, "imagenet"):
+            block = asbq["block"] or "checkpoint"
+            raise UserError(f"config.asbq.block={block!r}: accepted with network {network!r} is 'imagenet'")
+        switches["block"] = "imagenet"
+    elif network in PLAIN_NETWORKS:
+        if asbq["block"] is not None:
+            raise UserError(f"config.asbq.block={asbq['block']!r}: network {network!r} has no blocks; leave it empty")
+    elif switches["block"] == "imagenet":
+        raise UserError(
+            f"config.asbq.block='imagenet': accepted with network {network!r} are 'release', 'checkpoint'"
+        )
+    return switches
+
+
+def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The rungs of the chain.
+
+    Args:
+      config: validated config with the section ``asbq``.
+
+    Raises:
+      UserError: a combination that does not exist, or a number of epochs or learning rates that does not fit the rungs.
+    """
+    switches = resolve(config)
+    bits = config["asbq"]["bits"]
+    epochs = _per_rung(config, "epochs")
+    rates = _per_rung(config, "learning_rates")
+    names = [None, *map(stage_name, bits)]
+    return tuple(
+        _rung(config, switches, bits=rung, epochs=epochs[i], rate=rates[i], previous=names[i], seed=i)
+        for i, rung in enumerate(bits)
+    )
+
+
+def _per_rung(config: Mapping[str, Any], key: str) -> tuple:
+    """One value per rung; a single value serves all."""
+    values, bits = config["asbq"][key], config["asbq"]["bits"]
+    if len(values) == 1:
+        return values * len(bits)
+    if len(values) != len(bits):
+        raise UserError(f"config.asbq.{key}={values!r}: accepted is one value, or one for each of the rungs {bits!r}")
+    return values
+
+
+def _rung(
+    config: Mapping[str, Any],
+    switches: Mapping[str, Any],
+    *,
+    bits: int,
+    epochs: int,
+    rate: float,
+    previous: str | None,
+    seed: int,
+) -> Stage:
+    network_options = {} if config["network"] in PLAIN_NETWORKS else {"block": switches["block"]}
+    source = None if previous is None else f"stage:{previous}@{switches['copy_from']}"
+    from_copied = previous is not None and switches["prune_source"] == "copied_weights"
+    return Stage(
+        name=stage_name(bits),
+        network=spec(config["network"], kernel_init=switches["init"], **network_options),
+        quant=quant_spec(config, switches, bits=bits, masked=previous is not None or not _paper_masks(switches)),
+        data=data_spec(config),
+        objectives=objectives(config, switches, has_teacher=previous is not None),
+        optim=sgd_spec(config, learning_rate=_learning_rate(config, rate), epochs=epochs),
+        init_from=source,
+        teacher=source if previous is not None and switches["kd_weight"] > 0 else None,
+        recompute=("quant_state/.*/mask$",) if from_copied else (),
+        seed=config["seed"] * 1000 + seed,
+        # The published masks differ between the first rung and the others, and are the same in all others: each run reseeds and
+        # draws the student after the teacher. A mask drawn from random weights depends on this seed alone.
+        init_seed=config["seed"] if previous is None else config["asbq"]["mask_seed"],
+        bits=float(bits),
+        compute_dtype=config["train"]["compute_dtype"],
+    )
+
+
+def _paper_masks(switches: Mapping[str, Any]) -> bool:
+    """Whether masks come from trained weights, so that the first rung has none."""
+    return switches["prune_source"] == "copied_weights"
+
+
+def quant_spec(config: Mapping[str, Any], switches: Mapping[str, Any], *, bits: int, masked: bool) -> QuantSpec:
+    """Quantizers of a rung; the first convolution, the shortcuts and the classifier stay full precision (VGG-Small: the
+    first convolution is quantized too, its input is not)."""
+    weight = IDENTITY if bits == 32 else spec("dorefa", bits=bits, **({"one_bit": switches["w1"]} if bits == 1 else {}))
+    if masked and config["asbq"]["prune_amount"] > 0:
+        plain = config["network"] in PLAIN_NETWORKS
+        weight = spec(
+            "pruned",
+            inner=weight,
+            amount=config["asbq"]["prune_amount"],
+            pattern="row_block" if plain else "filter",
+            apply_mask=switches["prune_apply"].removesuffix("_quant"),
+        )
+    act = IDENTITY if bits == 32 else spec("dorefa", bits=bits)
+    return QuantSpec(weight=weight, act=act, first=weight if config["network"] in PLAIN_NETWORKS else IDENTITY)
+
+
+def objectives(config: Mapping[str, Any], switches: Mapping[str, Any], *, has_teacher: bool) -> tuple[Spec, ...]:
+    """``(1 - l) * cross-entropy + l * factor * KD``, the second term only with a teacher and l > 0."""
+    weight = switches["kd_weight"] if has_teacher else 0.0
+    if weight == 0:
+        return (spec("cross_entropy", weight=1.0),)
+    temperature = config["asbq"]["kd_temperature"]
+    factor = {"1": 1.0, "T2": temperature**2, "2T2": 2 * temperature**2}[switches["kd_factor"]]
+    distillation = spec(
+        "distillation", weight=weight * factor, temperature=temperature, reduction=switches["kd_reduction"]
+    )
+    return (spec("cross_entropy", weight=1.0 - weight), distillation)
+
+
+def _learning_rate(config: Mapping[str, Any], base: float) -> Spec:
+    asbq = config["asbq"]
+    boundaries, factors = asbq["learning_rate_boundaries"], asbq["learning_rate_factors"]
+    if len(factors) != len(boundaries) + 1 or list(boundaries) != sorted(boundaries):
+        raise UserError(
+            f"config.asbq.learning_rate_factors={factors!r}: accepted is one more than the (rising) boundaries {boundaries!r}"
+        )
+    return spec("piecewise", boundaries=boundaries, values=tuple(base * factor for factor in factors))

@@ -1,0 +1,300 @@
+"""The training loop of a stage: epochs, dispatches, evaluation, checkpoints, stopping and going on.
+
+The position in a run is the number of optimiser steps done, nothing else: the order of the images is a function of (seed, epoch),
+so a restored state goes on in the middle of an epoch with exactly the batches that were still to come.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnn_jax.data.base import ResidentSource, index_plan
+from bnn_jax.errors import NonFiniteLossError
+from bnn_jax.stages import Stage
+from bnn_jax.training import metrics
+from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.training.devices import Devices
+from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.interrupt import Interrupted, StopRequest
+from bnn_jax.training.progress import Progress
+from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.state import TrainState
+from bnn_jax.training.steps import Constants, StepParts, compile_end_of_epoch, compile_train_steps
+
+# Dispatches that may be under way at once: enough to hide the host's work, few enough to stop quickly.
+DISPATCHES_AHEAD = 2
+MOST_STEPS_PER_DISPATCH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """How a stage is run; nothing here changes its result.
+
+    Attributes:
+      steps_per_dispatch: optimiser steps per call of the compiled program; 0 chooses (1 on CPU).
+      checkpoint_seconds: time between checkpoints inside an epoch; every epoch ends with one anyway.
+    """
+
+    steps_per_dispatch: int = 0
+    checkpoint_seconds: float = 300.0
+
+
+@dataclasses.dataclass
+class EpochClock:
+    """Time and images of the epoch under way; dispatches that compiled are left out of the rate.
+
+    Attributes:
+      seconds: training time of the epoch so far, over restarts.
+      timed_seconds: time of the dispatches that did not compile.
+      timed_images: their images.
+      images: all images of this process in this epoch.
+    """
+
+    seconds: float = 0.0
+    timed_seconds: float = 0.0
+    timed_images: int = 0
+    images: int = 0
+
+    def add(self, seconds: float, images: int, *, compiled: bool) -> None:
+        """Adds a dispatch."""
+        self.seconds += seconds
+        self.images += images
+        if not compiled:
+            self.timed_seconds += seconds
+            self.timed_images += images
+
+    @property
+    def images_per_second(self) -> float:
+        """Training throughput."""
+        if self.timed_seconds > 0:
+            return self.timed_images / self.timed_seconds
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
+
+def steps_per_epoch(stage: Stage, num_images: int) -> int:
+    """Optimiser steps of an epoch over ``num_images`` training images."""
+    batch_size = min(stage.optim.batch_size, num_images)
+    return num_images // batch_size if stage.optim.drop_last_batch else -(-num_images // batch_size)
+
+
+def dispatch_length(steps: int, requested: int) -> int:
+    """Steps per dispatch for epochs of ``steps`` steps: what was asked for, or a near-equal split on an accelerator."""
+    if requested > 0:
+        return min(requested, steps)
+    if jax.default_backend() == "cpu":
+        return 1
+    return -(-steps // -(-steps // MOST_STEPS_PER_DISPATCH))
+
+
+class StageLoop:
+    """Trains one stage.
+
+    Args:
+      stage: the stage.
+      parts: what its step is made of.
+      schedule: its learning rate, for the record.
+      source: its data.
+      teacher: the teacher's variables, or {}.
+      evaluator: evaluates the network on the held-out splits; must know 'test', may know 'validation'.
+      store: its checkpoints.
+      metrics_path: its record.
+      options: how it is run.
+      devices: placement.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        parts: StepParts,
+        *,
+        schedule: Schedule,
+        source: ResidentSource,
+        teacher: Any,
+        evaluator: Evaluator,
+        store: CheckpointStore,
+        metrics_path: Path,
+        options: LoopOptions,
+        devices: Devices,
+    ):
+        self.stage, self.schedule, self.source, self.evaluator = stage, schedule, source, evaluator
+        self.store, self.metrics_path, self.options, self.devices = store, metrics_path, options, devices
+        self.run_steps = compile_train_steps(parts, devices)
+        self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices)
+        self.constants = devices.replicate(
+            Constants(images=source.train.images, labels=source.train.labels, teacher=teacher)
+        )
+        self.steps_per_epoch = steps_per_epoch(stage, source.train.labels.shape[0])
+        self.dispatch_length = dispatch_length(self.steps_per_epoch, options.steps_per_dispatch)
+        self._compiled_lengths: set[int] = set()
+        self._last_save = time.monotonic()
+        self._pending: collections.deque = collections.deque()
+
+    def fit(self, state: TrainState, stop: StopRequest, *, meta: dict[str, Any] | None = None) -> TrainState:
+        """Trains to the end of the last epoch and returns the final state.
+
+        Args:
+          state: a new state, or a restored one.
+          stop: looked at between dispatches and between batches of an evaluation.
+          meta: what was stored beside the restored state; None for a new one.
+
+        Raises:
+          Interrupted: SIGTERM or SIGINT came; the state is saved.
+          NonFiniteLossError: the loss was NaN or infinite; the last good checkpoint stays.
+        """
+        meta = meta or {}
+        step = int(state.step)
+        metrics.cut_back(self.metrics_path, step if meta.get("evaluated", True) else step - 1)
+        clock = EpochClock(seconds=meta.get("epoch_seconds", 0.0))
+        total = self.stage.optim.epochs * self.steps_per_epoch
+        bar = Progress(self.stage.name, total_steps=total, start_step=step, epochs=self.stage.optim.epochs)
+        with bar as progress:
+            if not meta.get("evaluated", True):
+                state = self._finish_epoch(state, clock, progress, stop)
+                clock = EpochClock()
+            first_epoch = int(state.step) // self.steps_per_epoch
+            for epoch in range(first_epoch, self.stage.optim.epochs):
+                state = self._train_epoch(state, epoch, clock, progress, stop)
+                state = self._finish_epoch(state, clock, progress, stop)
+                clock = EpochClock()
+        self.store.wait()
+        return state
+
+    def _dispatches(self, epoch: int, offset: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Index plans (K, N) of the dispatches of an epoch, from its step ``offset`` on."""
+        num_images = self.source.train.labels.shape[0]
+        plan = index_plan(
+            self.stage.seed,
+            epoch,
+            num_images=num_images,
+            batch_size=min(self.stage.optim.batch_size, num_images),
+            drop_last=self.stage.optim.drop_last_batch,
+        )
+        indices, mask = self.devices.pad_rows(*plan)
+        while offset < self.steps_per_epoch:
+            # Dispatches are aligned to the start of the epoch, so that at most two lengths are compiled.
+            end = min((offset // self.dispatch_length + 1) * self.dispatch_length, self.steps_per_epoch)
+            yield indices[offset:end], mask[offset:end]
+            offset = end
+
+    def _train_epoch(
+        self, state: TrainState, epoch: int, clock: EpochClock, progress: Progress, stop: StopRequest
+    ) -> TrainState:
+        step = int(state.step)
+        sums: dict[str, float] = collections.defaultdict(float)
+        previous = time.monotonic()
+        for indices, mask in self._dispatches(epoch, step - epoch * self.steps_per_epoch):
+            if stop:
+                self._save_and_stop(state, clock, stop, evaluated=True)
+            compiled = indices.shape[0] not in self._compiled_lengths
+            self._compiled_lengths.add(indices.shape[0])
+            state, dispatch_metrics = self.run_steps(state, self.constants, indices, mask)
+            self._pending.append((step, dispatch_metrics))
+            step += indices.shape[0]
+            self._collect(sums, ahead=0 if compiled else DISPATCHES_AHEAD)
+            now = time.monotonic()
+            clock.add(now - previous, int(mask.sum()), compiled=compiled)
+            previous = now
+            self._show(progress, step, epoch, clock, sums)
+            # The end of an epoch is saved after its evaluation, not here.
+            at_end = step == (epoch + 1) * self.steps_per_epoch
+            if not at_end and now - self._last_save > self.options.checkpoint_seconds:
+                self._collect(sums, ahead=0)
+                self._save(state, clock, evaluated=True, selection=None)
+        self._collect(sums, ahead=0)
+        clock.add(time.monotonic() - previous, 0, compiled=False)
+        return state
+
+    def _collect(self, sums: dict[str, float], *, ahead: int) -> None:
+        """Waits until at most ``ahead`` dispatches are under way, and looks at the losses of those that are done."""
+        while len(self._pending) > ahead:
+            first_step, device_metrics = self._pending.popleft()
+            values = jax.device_get(device_metrics)
+            finite = np.isfinite(values["loss"])
+            if not finite.all():
+                self._pending.clear()
+                self._refuse_non_finite(first_step + int(np.argmin(finite)))
+            sums["count"] += float(values["count"].sum())
+            sums["correct"] += float(values["correct"].sum())
+            sums["loss"] += float((values["loss"] * values["count"]).sum())
+
+    def _show(self, progress: Progress, step: int, epoch: int, clock: EpochClock, sums: dict[str, float]) -> None:
+        count = max(sums["count"], 1.0)
+        progress.update(
+            step=step,
+            epoch=epoch,
+            images_per_second=clock.images_per_second,
+            loss=sums["loss"] / count,
+            top1=100.0 * sums["correct"] / count,
+        )
+
+    def _refuse_non_finite(self, step: int) -> None:
+        self.store.wait()
+        records = metrics.read(self.metrics_path)
+        last = {key: records[-1][key] for key in ("epoch", "train_loss", "test_top1")} if records else "none yet"
+        good = self.store.latest_step()
+        where = f"step {good} in {self.store.directory}" if good is not None else "none was saved yet"
+        raise NonFiniteLossError(
+            f"stage {self.stage.name}: the loss is not finite at step {step}; last metrics: {last}; last good checkpoint: {where}"
+        )
+
+    def _finish_epoch(
+        self, state: TrainState, clock: EpochClock, progress: Progress, stop: StopRequest
+    ) -> TrainState:
+        """Evaluates, writes the record, closes the epoch and saves."""
+        results = {}
+        for split in self.evaluator.splits:
+            result = self.evaluator(state.variables, split, should_stop=lambda: bool(stop))
+            if result is None:
+                self._save_and_stop(state, clock, stop, evaluated=False)
+            results[split] = result
+        record = self._record(state, clock, results)
+        selection = record.get("validation_top1", record["test_top1"])
+        # The record is written before the checkpoint: a crash in between repeats the epoch and cuts the record back.
+        metrics.append(self.metrics_path, record)
+        state = self.end_of_epoch(state)
+        self._save(state, EpochClock(), evaluated=True, selection=selection)
+        progress.epoch_done(record)
+        return state
+
+    def _record(self, state: TrainState, clock: EpochClock, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+        step = int(state.step)
+        held_out = {
+            f"{split}_{name}": value
+            for split, result in results.items()
+            for name, value in result.items()
+            if name != "num_images"
+        }
+        return {
+            "epoch": step // self.steps_per_epoch - 1,
+            "step": step,
+            "learning_rate": float(self.schedule(np.int32(step - 1))),
+            **metrics.epoch_means(state.metric_sums),
+            **held_out,
+            "seconds": round(clock.seconds, 3),
+            "images_per_second": round(clock.images_per_second, 1),
+        }
+
+    def _save(self, state: TrainState, clock: EpochClock, *, evaluated: bool, selection: float | None) -> None:
+        self._last_save = time.monotonic()
+        meta = {"stage": self.stage.name, "evaluated": evaluated, "epoch_seconds": round(clock.seconds, 3)}
+        chosen = None if selection is None else {"selection_top1": selection}
+        self.store.save(state, meta=meta, metrics=chosen)
+
+    def _save_and_stop(self, state: TrainState, clock: EpochClock, stop: StopRequest, *, evaluated: bool) -> None:
+        self._pending.clear()
+        step = int(state.step)
+        if int(state.metric_sums["non_finite_step"]) >= 0:
+            self._refuse_non_finite(int(state.metric_sums["non_finite_step"]))
+        if self.store.latest_step() != step:
+            self._save(state, clock, evaluated=evaluated, selection=None)
+        self.store.wait()
+        raise Interrupted(
+            f"stage {self.stage.name}: stopped and saved at step {step}; the same command goes on from there",
+            stop.signal_number or 0,
+        )

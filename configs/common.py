@@ -1,0 +1,83 @@
+"""Sections that every config shares, and the smoke variant of any config."""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def base() -> ml_collections.ConfigDict:
+    """The shared sections with their defaults; None in a placeholder means: as the preset or the data set says."""
+    config = ml_collections.ConfigDict()
+    config.name = "unnamed"  # name of the run folder, runs/<name>
+    config.method = "asbq"  # key in bnn_jax.methods.METHODS
+    config.seed = 0  # seed of data order, augmentation, initial weights
+    config.network = "resnet20"  # key in bnn_jax.networks.NETWORKS
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "cifar10"  # key in bnn_jax.data.SOURCES
+    config.data.data_dir = config_dict.placeholder(str)  # folder of prepared data; None: TFDS_DATA_DIR or TFDS's own
+    config.data.num_train = config_dict.placeholder(int)  # training images used; None: all
+    config.data.num_eval = config_dict.placeholder(int)  # test images used; None: all
+    config.data.validation_fraction = 0.0  # share of train held out to choose the best epoch; 0: chosen on the test set
+    config.data.augment = "pad_crop_flip"  # 'pad_crop_flip' | 'pad_crop' | 'none'
+    config.data.image_size = config_dict.placeholder(int)  # pixels, for generated or embedded images only
+    config.data.num_classes = config_dict.placeholder(int)  # for generated images only
+
+    config.train = ml_collections.ConfigDict()
+    config.train.batch_size = 128  # images per optimiser step, over all devices
+    config.train.eval_batch_size = 500  # images per evaluation call
+    config.train.momentum = 0.9
+    config.train.nesterov = True
+    config.train.weight_decay = 1e-4  # L2, added to the gradient before momentum
+    config.train.drop_last_batch = False  # whether the partial batch at the end of an epoch is left out
+    config.train.compute_dtype = "float32"  # 'bfloat16': convolutions of integer codes run in bfloat16, exactly
+    config.train.steps_per_dispatch = 0  # optimiser steps per call of the compiled program; 0: chosen by the device
+    config.train.checkpoint_seconds = 300.0  # seconds between checkpoints inside an epoch
+    return config
+
+
+def asbq() -> ml_collections.ConfigDict:
+    """The section of ASBQ: the five-rung chain; every empty switch is taken from the preset."""
+    section = ml_collections.ConfigDict()
+    section.preset = "paper"  # 'paper' | 'release' | 'checkpoint', see bnn_jax/methods/asbq.py
+    section.bits = (32, 8, 4, 2, 1)  # bit width of each rung
+    section.epochs = (240,)  # per rung, or one for all
+    section.learning_rates = (0.1, 0.1, 0.1, 0.01, 0.01)  # base rate per rung, or one for all
+    section.learning_rate_boundaries = (80.0, 120.0, 180.0)  # epochs at which the factor changes
+    section.learning_rate_factors = (1.0, 0.1, 0.01, 0.001)  # factors on the base rate
+    section.block = config_dict.placeholder(str)  # 'release' | 'checkpoint' | 'imagenet'
+    section.w1 = config_dict.placeholder(str)  # 1-bit weights: 'sign' (binary) | 'levels' (as released)
+    section.prune_amount = 0.05  # share of filters (VGG-Small: 1x2 blocks) masked
+    section.prune_apply = config_dict.placeholder(str)  # 'before_quant' | 'after_quant'
+    section.prune_source = config_dict.placeholder(str)  # 'random_init' | 'copied_weights'
+    section.mask_seed = 1000  # seed of the random masks of all rungs but the first
+    section.init = config_dict.placeholder(str)  # quantized convolutions: 'uniform' | 'he_normal'
+    section.copy_from = config_dict.placeholder(str)  # epoch of the previous rung that is copied: 'best' | 'last'
+    section.kd_weight = config_dict.placeholder(float)  # share of distillation in the loss, 0 to 1
+    section.kd_temperature = 5.0
+    section.kd_reduction = config_dict.placeholder(str)  # 'batchmean' | 'mean' (over classes too)
+    section.kd_factor = config_dict.placeholder(str)  # factor on the divergence: '1' | 'T2' | '2T2'
+    return section
+
+
+def smoke(config: ml_collections.ConfigDict, *, image_size: int, num_classes: int) -> ml_collections.ConfigDict:
+    """Two steps per stage on generated images of the real size: shows that a config runs, needs no data set."""
+    config.name = f"{config.name}_smoke"
+    config.data.name = "synthetic"
+    config.data.image_size = image_size
+    config.data.num_classes = num_classes
+    config.data.num_train = 16
+    config.data.num_eval = 8
+    config.train.batch_size = 8
+    config.train.eval_batch_size = 8
+    return config
+
+
+def variant(config: ml_collections.ConfigDict, argument: str, **smoke_options: int) -> ml_collections.ConfigDict:
+    """The config for what stands behind the colon of ``--config=FILE:ARGUMENT``: nothing, or 'smoke'.
+
+    Raises:
+      ValueError: another argument.
+    """
+    if argument not in ("", "smoke"):
+        raise ValueError(f"--config=...:{argument}: accepted behind the colon is 'smoke'")
+    return smoke(config, **smoke_options) if argument == "smoke" else config
