@@ -2,7 +2,8 @@
 
 ``read_pytorch`` takes the arrays out of the file, ``state_dict`` finds the network's among them, ``convert_names``
 gives them our names and layout, ``import_state`` compares the result with a network, leaf by leaf, and
-``import_pytorch`` does all of it. The golden tests use the steps, and single names in both directions. Methods whose networks have other names add lines to ``MODULE_NAMES`` and ``LEAF_NAMES``.
+``import_pytorch`` does all of it. The golden tests use the steps, and single names in both directions.
+Methods whose networks have other names add lines to ``MODULE_NAMES`` and ``LEAF_NAMES``.
 """
 
 import contextlib
