@@ -1,0 +1,242 @@
+"""Images that lie in memory, and the order in which they are visited.
+
+Every random choice here is made from the raw 64-bit stream of NumPy's Philox bit generator and a stable sort. NumPy
+guarantees that stream for a fixed key in all versions (it does not guarantee ``Generator.permutation``), so the same
+seed gives the same order, split and generated images everywhere.
+"""
+
+import dataclasses
+import enum
+import hashlib
+
+import numpy as np
+
+from bnn_jax.errors import DataError
+
+AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "none")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+      images: uint8 (N, H, W, C), raw pixels.
+      labels: int32 (N,), in [0, number of classes).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """The images at ``indices``, integers or a mask (N,), in that order."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResidentSource:
+    """A whole data set in memory, with everything that training on it needs to know.
+
+    Attributes:
+      name: key in the table of sources.
+      num_classes: number of classes.
+      image_shape: (H, W, C).
+      train: images trained on.
+      test: images evaluated on.
+      validation: images held out from the training images to choose the best epoch, or None.
+      mean: mean of pixels / 255, per channel.
+      std: standard deviation of pixels / 255, per channel.
+      augment: 'pad_crop_flip', 'pad_crop' or 'none'.
+      pad: zero padding before the random crop, in pixels per side.
+      fingerprint: SHA-256 of the images and labels of all splits, in their order.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    train: Split
+    test: Split
+    validation: Split | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+    pad: int
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadRequest:
+    """What is asked of the loader of any source; each has its own options besides.
+
+    Attributes:
+      num_train: number of training images, the first ones in the stored order; None takes all.
+      num_eval: number of test images, the first ones in the stored order; None takes all.
+      data_dir: folder of prepared data sets; None is TFDS's default. Sources that need no files ignore it.
+      progress: whether a progress bar is shown on stderr where loading takes time.
+    """
+
+    num_train: int | None = None
+    num_eval: int | None = None
+    data_dir: str | None = None
+    progress: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedImages:
+    """What the loader of a source returns, before a validation split is taken.
+
+    Attributes:
+      train: the training images asked for.
+      test: the test images asked for.
+      num_classes: number of classes.
+      mean: mean of pixels / 255, per channel.
+      std: standard deviation of pixels / 255, per channel.
+    """
+
+    train: Split
+    test: Split
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Purpose(enum.IntEnum):
+    """What random bits are for; equal seeds give unrelated bits for different purposes. Never renumber."""
+
+    ORDER = 0
+    VALIDATION = 1
+    TEST_SPLIT = 2
+    PATTERN = 3
+    NOISE = 4
+
+
+def random_bits(seed: int, stream: int, *, purpose: Purpose, count: int) -> np.ndarray:
+    """Random 64-bit integers: a pure function of its arguments, the same in every version of NumPy.
+
+    Args:
+      seed: in [0, 2^64).
+      stream: in [0, 2^64), such as the epoch.
+      purpose: what the bits are for.
+      count: number of integers.
+
+    Returns:
+      uint64 (count,).
+
+    Raises:
+      ValueError: the seed or the stream is out of range.
+    """
+    if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
+        raise ValueError(f"seed {seed} and stream {stream} must be in [0, 2^64)")
+    # The purpose is the highest word of the counter: streams of different purposes are 2^192 blocks apart.
+    key = np.array([seed, stream], np.uint64)
+    return np.random.Philox(key=key, counter=int(purpose) << 192).random_raw(count)
+
+
+def permutation(seed: int, stream: int, *, purpose: Purpose, size: int) -> np.ndarray:
+    """Random permutation of ``range(size)``, int32, by sorting random bits; see ``random_bits``."""
+    return np.argsort(random_bits(seed, stream, purpose=purpose, count=size), kind="stable").astype(np.int32)
+
+
+def index_plan(
+    seed: int, epoch: int, *, num_images: int, batch_size: int, drop_last: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which images each step of an epoch trains on: a pure function of (seed, epoch) and the sizes.
+
+    Args:
+      seed: seed of the data order.
+      epoch: 0-based epoch.
+      num_images: number of training images.
+      batch_size: images per step.
+      drop_last: whether the last, partial batch is left out; otherwise it is filled up with index 0 and mask False.
+
+    Returns:
+      Indices int32 (steps, batch_size), a random permutation of all images; mask bool (steps, batch_size), True where
+      the row counts.
+
+    Raises:
+      DataError: no batch is left.
+    """
+    if drop_last and num_images < batch_size:
+        raise DataError(
+            f"batch_size is {batch_size} and the last, partial batch is dropped, but there are only {num_images} "
+            "training images: no batch is left"
+        )
+    order = permutation(seed, epoch, purpose=Purpose.ORDER, size=num_images)
+    if drop_last:
+        order = order[: num_images // batch_size * batch_size]
+    return _batches(order, batch_size)
+
+
+def sequential_plan(num_images: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """All images once in their stored order, for evaluation; the same pair of arrays as ``index_plan``."""
+    return _batches(np.arange(num_images, dtype=np.int32), batch_size)
+
+
+def _batches(order: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    if len(order) < 1 or batch_size < 1:
+        raise ValueError(f"{len(order)} images in batches of {batch_size}: both must be positive")
+    steps = -(-len(order) // batch_size)
+    indices = np.zeros(steps * batch_size, np.int32)
+    indices[: len(order)] = order
+    mask = np.arange(steps * batch_size) < len(order)
+    return indices.reshape(steps, batch_size), mask.reshape(steps, batch_size)
+
+
+def stratified_choice(labels: np.ndarray, *, count: int, seed: int, purpose: Purpose) -> np.ndarray:
+    """Chooses ``count`` images at random so that every class keeps its share.
+
+    Each class gets the whole part of ``count * its share``; what is left goes one by one to the largest remainders
+    (the lower class first where they are equal).
+
+    Args:
+      labels: int (N,).
+      count: number of images to choose, in [0, N].
+      seed: seed of the choice.
+      purpose: purpose of the random bits.
+
+    Returns:
+      bool (N,), True for the chosen ones.
+    """
+    sizes = np.bincount(labels)
+    quota, remainder = np.divmod(count * sizes, len(labels))
+    largest_first = np.argsort(-remainder, kind="stable")
+    quota[largest_first[: count - quota.sum()]] += 1
+    chosen = np.zeros(len(labels), bool)
+    order = permutation(seed, 0, purpose=purpose, size=len(labels))
+    for label, number in enumerate(quota):
+        chosen[order[labels[order] == label][:number]] = True
+    return chosen
+
+
+def limit(name: str, key: str, *, asked: int | None, available: int) -> int:
+    """The number of images to use, ``asked`` or all.
+
+    Args:
+      name: name of the source, for the message.
+      key: 'num_train' or 'num_eval'.
+      asked: number asked for; None takes all.
+      available: number of images there are.
+
+    Raises:
+      DataError: fewer than one or more than there are were asked for.
+    """
+    if asked is None:
+        return available
+    if not 1 <= asked <= available:
+        raise DataError(f"config.data.{key}={asked}: {name} has {available} images, so accepted are 1 to {available}")
+    return asked
+
+
+def fingerprint(*splits: Split | None) -> str:
+    """SHA-256 of images and labels of the splits, in their order; shapes are part of it, names are not."""
+    digest = hashlib.sha256()
+    for position, split in enumerate(splits):
+        if split is None:
+            continue
+        digest.update(f"{position} {split.images.shape} {split.images.dtype} {split.labels.dtype};".encode())
+        digest.update(np.ascontiguousarray(split.images).data)
+        digest.update(np.ascontiguousarray(split.labels).data)
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnn_jax.data.augment import crop_and_flip, draw_crops, normalize, prepare_eval, prepare_train
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+
+
+def _images(count, size=6):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size + 1, 3), dtype=np.uint8)
+
+
+def _pad_crop_flip(image, offset, flip, pad):
+    height, width, _ = image.shape
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    crop = padded[offset[0] : offset[0] + height, offset[1] : offset[1] + width]
+    return crop[:, ::-1] if flip else crop
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2])
+def test_crop_and_flip_equals_padding_cropping_and_flipping(pad):
+    grid = np.arange(2 * pad + 1)
+    offsets = np.array([(row, column) for row in grid for column in grid for _ in range(2)])
+    flips = np.arange(len(offsets)) % 2 == 1
+    images = _images(len(offsets))
+    result = jax.jit(functools.partial(crop_and_flip, pad=pad))(images, jnp.asarray(offsets), jnp.asarray(flips))
+    expected = [_pad_crop_flip(*case, pad) for case in zip(images, offsets, flips)]
+    assert result.dtype == jnp.uint8
+    np.testing.assert_array_equal(result, np.stack(expected))
+
+
+def test_offsets_cover_the_whole_range_evenly():
+    offsets, flips = draw_crops(jax.random.key(0), 9000, pad=4, flip=True)
+    for axis in range(2):
+        # 1000 expected of each, standard deviation 30.
+        counts = np.bincount(np.asarray(offsets[:, axis]), minlength=9)
+        assert counts.shape == (9,)
+        assert (np.abs(counts - 1000) < 150).all()
+    # Rows, columns and flips are drawn apart: correlations have standard deviation 0.011.
+    drawn = np.corrcoef(np.concatenate([offsets, flips[:, None]], axis=1).T)
+    assert np.abs(drawn - np.eye(3)).max() < 0.06
+    assert abs(float(flips.mean()) - 0.5) < 0.03
+
+
+def test_images_of_one_batch_get_their_own_crops():
+    images = np.broadcast_to(_images(1), (64, 6, 7, 3))
+    crops = prepare_train(images, jax.random.key(0), mean=MEAN, std=STD, augment="pad_crop_flip", pad=2)
+    assert len(np.unique(np.asarray(crops), axis=0)) > 20  # of 50 possible
+
+
+def test_the_key_decides_the_crops():
+    prepare = functools.partial(prepare_train, _images(8), mean=MEAN, std=STD, augment="pad_crop_flip", pad=2)
+    first, again, other = prepare(jax.random.key(1)), prepare(jax.random.key(1)), prepare(jax.random.key(2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_padding_is_a_black_pixel_before_normalisation():
+    white = np.full((1, 4, 4, 3), 255, np.uint8)
+    cropped = crop_and_flip(white, jnp.array([[0, 0]]), jnp.array([False]), pad=1)
+    result = np.asarray(normalize(cropped, mean=MEAN, std=STD))
+    # 1e-6: float32 arithmetic on both sides.
+    np.testing.assert_allclose(result[0, 0, 0], -np.array(MEAN) / STD, rtol=1e-6)
+    np.testing.assert_allclose(result[0, 1, 1], (1 - np.array(MEAN)) / STD, rtol=1e-6)
+
+
+def test_pad_crop_does_not_flip():
+    images = np.zeros((200, 5, 5, 1), np.uint8)
+    images[:, 2, 2, 0], images[:, 2, 3, 0] = 100, 200
+    crops = prepare_train(images, jax.random.key(0), mean=(0.0,), std=(1 / 255,), augment="pad_crop", pad=1)
+    dark, bright = (np.round(np.asarray(crops)[..., 0]) == value for value in (100, 200))
+    columns = np.arange(5)
+    assert ((bright * columns).sum((1, 2)) > (dark * columns).sum((1, 2))).all()
+
+
+def test_none_only_normalises():
+    images = _images(4)
+    result = prepare_train(images, jax.random.key(0), mean=MEAN, std=STD, augment="none", pad=2)
+    np.testing.assert_array_equal(result, prepare_eval(images, mean=MEAN, std=STD))
+    np.testing.assert_allclose(result, (images / 255 - MEAN) / STD, atol=1e-6)  # float32 against float64
+    assert result.dtype == jnp.float32
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="augment 'mixup': accepted are pad_crop_flip, pad_crop, none"):
+        prepare_train(_images(1), jax.random.key(0), mean=MEAN, std=STD, augment="mixup", pad=1)
+
+
+def test_cropping_compiles_to_one_gather_without_a_loop():
+    # A loop would be many times slower on a CPU.
+    arguments = jnp.zeros((8, 32, 32, 3), jnp.uint8), jnp.zeros((8, 2), jnp.int32), jnp.zeros(8, bool)
+    program = jax.jit(functools.partial(crop_and_flip, pad=4)).lower(*arguments).compile().as_text()
+    assert program.count(" gather(") == 1
+    assert " while(" not in program
