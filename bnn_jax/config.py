@@ -34,6 +34,7 @@ def _range(description: str, test: Callable[[Any], bool]) -> tuple[str, Callable
 
 POSITIVE = _range("greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = _range("0 or more", lambda value: value >= 0)
+SEED = _range("0 to 2,000,000,000", lambda value: 0 <= value <= 2_000_000_000)
 FRACTION = _range("0 <= value < 1", lambda value: 0 <= value < 1)
 UNIT = _range("0 <= value <= 1", lambda value: 0 <= value <= 1)
 ALL_POSITIVE = _range("numbers greater than 0", lambda values: len(values) > 0 and all(v > 0 for v in values))
@@ -46,7 +47,7 @@ CHAIN_BITS = _range(
 COMMON: dict[str, Key] = {
     "method": Key(str),
     "name": Key(str),
-    "seed": Key(int, NOT_NEGATIVE),
+    "seed": Key(int, SEED),
     "network": Key(str),
     "data.name": Key(str),
     "data.data_dir": Key(str, optional=True),
@@ -80,7 +81,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "asbq.prune_amount": Key(float, FRACTION),
         "asbq.prune_apply": Key(str, ("before_quant", "after_quant"), optional=True),
         "asbq.prune_source": Key(str, ("random_init", "copied_weights"), optional=True),
-        "asbq.mask_seed": Key(int, NOT_NEGATIVE),
+        "asbq.mask_seed": Key(int, SEED),
         "asbq.init": Key(str, ("uniform", "he_normal"), optional=True),
         "asbq.copy_from": Key(str, ("best", "last"), optional=True),
         "asbq.kd_weight": Key(float, UNIT, optional=True),

@@ -15,3 +15,15 @@ class DataError(UserError):
 
 class NonFiniteLossError(UserError):
     """Training stopped because the loss was NaN or infinite."""
+
+
+class Interrupted(Exception):
+    """A run was asked to stop; its state is saved.
+
+    Attributes:
+      signal_number: which signal asked.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -133,7 +133,7 @@ def _rung(
         init_from=source,
         teacher=source if previous is not None and switches["kd_weight"] > 0 else None,
         recompute=("quant_state/.*/mask$",) if from_copied else (),
-        seed=config["seed"] * 1000 + seed,
+        seed=config["seed"] + 1000 * seed,
         # The published masks differ between the first rung and the others, and are the same in all others: each run reseeds and
         # draws the student after the teacher. A mask drawn from random weights depends on this seed alone.
         init_seed=config["seed"] if previous is None else config["asbq"]["mask_seed"],

@@ -7,18 +7,6 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interrupted(Exception):
-    """The stage was asked to stop; its state is saved.
-
-    Attributes:
-      signal_number: which signal asked.
-    """
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
 class StopRequest:
     """Context manager that turns the first SIGTERM or SIGINT into a flag; the second one acts as usual.
 

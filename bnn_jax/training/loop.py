@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from bnn_jax.data.base import ResidentSource, index_plan
-from bnn_jax.errors import NonFiniteLossError
+from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.stages import Stage
 from bnn_jax.training import metrics
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
-from bnn_jax.training.interrupt import Interrupted, StopRequest
+from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.progress import Progress
 from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState

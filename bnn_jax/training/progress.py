@@ -7,6 +7,11 @@ from typing import Any
 PLAIN_LOG_SECONDS = 30.0
 
 
+def say(line: str) -> None:
+    """Prints a line of the log (stderr: stdout is for results)."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows how far a stage is.
 
@@ -61,7 +66,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def time_left(self) -> str:
         """Estimated time to the end of the stage, 'H:MM:SS'."""

@@ -1,0 +1,235 @@
+"""From a stage's description to the objects that train it: network, data, optimiser, step, initial state, teacher."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bnn_jax import data, methods, networks, objectives, run_folder
+from bnn_jax.data.augment import prepare_eval, prepare_train
+from bnn_jax.data.base import ResidentSource, index_plan
+from bnn_jax.errors import CheckpointError, UserError
+from bnn_jax.objectives import Objective
+from bnn_jax.stages import Stage, parse_reference
+from bnn_jax.training import create, schedules
+from bnn_jax.training.checkpoint import CheckpointStore, describe
+from bnn_jax.training.devices import Devices
+from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.import_weights import import_pytorch
+from bnn_jax.training.loop import steps_per_epoch
+from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.state import TrainState
+from bnn_jax.training.steps import StepParts, needs_teacher
+
+
+class Run:
+    """A validated config, its stages and its folder.
+
+    Attributes:
+      config: validated config.
+      folder: run folder.
+      stages: the chain.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path):
+        self.config, self.folder = config, Path(folder)
+        self.stages: tuple[Stage, ...] = methods.build(config)
+
+    def find(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+          UserError: the chain has no such stage.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise UserError(f"--stage={name}: accepted are {', '.join(stage.name for stage in self.stages)}")
+
+    def stage_folder(self, stage: Stage) -> Path:
+        """'<run folder>/<nn>_<stage>'."""
+        return self.folder / f"{self.stages.index(stage):02d}_{stage.name}"
+
+    def checkpoints(self, stage: Stage) -> Path:
+        """The folder of the stage's checkpoints."""
+        return self.stage_folder(stage) / run_folder.CHECKPOINTS
+
+    def load_data(self, stage: Stage) -> ResidentSource:
+        """The stage's images, in memory."""
+        return _load_data(stage.data, self.config["data"]["data_dir"], self.config["seed"])
+
+    def network(self, stage: Stage, *, num_classes: int) -> Any:
+        """The stage's network, a Linen module."""
+        try:
+            return networks.build(
+                stage.network, stage.quant, num_classes=num_classes, compute_dtype=stage.compute_dtype
+            )
+        except ValueError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+
+    def load_variables(self, reference: str, target: dict[str, Any]) -> dict[str, Any]:
+        """Variables a reference points to.
+
+        Args:
+          reference: 'stage:NAME', 'stage:NAME@best' or 'file:PATH'.
+          target: shapes of the variables.
+
+        Raises:
+          CheckpointError: nothing is saved there, it is damaged, or it is of another network.
+        """
+        parsed = parse_reference(reference)
+        if parsed.kind == "file":
+            return load_checkpoint(Path(parsed.target), target)
+        with CheckpointStore(self.checkpoints(self.find(parsed.target)), read_only=True) as store:
+            return store.restore_variables(target, which=parsed.which)[0]
+
+    def referenced(self, reference: str, *, source: ResidentSource, default: Stage) -> tuple[Any, dict[str, Any]]:
+        """Network and variables a reference points to; a file holds variables of ``default``'s network."""
+        parsed = parse_reference(reference)
+        stage = self.find(parsed.target) if parsed.kind == "stage" else default
+        network = self.network(stage, num_classes=source.num_classes)
+        return network, self.load_variables(reference, create.variable_shapes(network, source.image_shape))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_data(spec: Any, data_dir: str | None, seed: int) -> ResidentSource:
+    """All stages of a chain use the same images, so they are decoded once."""
+    return data.build(spec, data_dir=data_dir, seed=seed, progress=True)
+
+
+def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
+    """Variables from a file of PyTorch's, or from a checkpoint folder of ours.
+
+    Args:
+      path: '.pth', '.pth.tar', '.pt' or '.th' file; or a stage's folder, its ``checkpoints`` or one step in it.
+      target: shapes of the network's variables.
+
+    Raises:
+      CheckpointError: missing, damaged, or of another network.
+    """
+    if not path.exists():
+        raise CheckpointError(f"--checkpoint={path}: no such file or folder")
+    if path.is_file():
+        return import_pytorch(path, target)
+    directory, step = describe(path)
+    with CheckpointStore(directory, read_only=True) as store:
+        return store.restore_variables(target, which="last" if step is None else step)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """The objects of a stage.
+
+    Attributes:
+      stage: the stage.
+      source: its images.
+      schedule: its learning rate by step.
+      parts: what its training step is made of.
+      shapes: shapes of the network's variables.
+    """
+
+    stage: Stage
+    source: ResidentSource
+    schedule: Schedule
+    parts: StepParts
+    shapes: dict[str, Any]
+
+    @property
+    def network(self) -> Any:
+        """The stage's network."""
+        return self.parts.network
+
+    def state_shapes(self, devices: Devices) -> TrainState:
+        """Shapes of the training state, for restoring one."""
+        return jax.eval_shape(lambda variables: self.create_state(variables, devices), self.shapes)
+
+    def create_state(self, variables: dict[str, Any], devices: Devices) -> TrainState:
+        """The state before the first step."""
+        return create.create_state(
+            variables,
+            optimizer=self.parts.optimizer,
+            objectives=self.parts.objectives,
+            num_classes=self.source.num_classes,
+            seed=self.stage.seed,
+            devices=devices,
+        )
+
+
+def build_objectives(stage: Stage) -> tuple[Objective, ...]:
+    """The stage's loss terms."""
+    return tuple(objectives.build(term) for term in stage.objectives)
+
+
+def assemble(run: Run, stage: Stage, source: ResidentSource) -> Assembly:
+    """Builds the objects of a stage; the teacher's network too, not its variables."""
+    network = run.network(stage, num_classes=source.num_classes)
+    shapes = create.variable_shapes(network, source.image_shape)
+    timing = {"steps_per_epoch": steps_per_epoch(stage, len(source.train)), "epochs": stage.optim.epochs}
+    schedule = schedules.build(stage.optim.learning_rate, **timing)
+    terms = build_objectives(stage)
+    parts = StepParts(
+        network=network,
+        objectives=terms,
+        optimizer=make_optimizer(
+            stage.optim, shapes["params"], schedule=schedule, unused_parameters=network.unused_parameters
+        ),
+        prepare=functools.partial(
+            prepare_train, mean=source.mean, std=source.std, augment=source.augment, pad=source.pad
+        ),
+        knobs={name: schedules.build(knob, **timing) for name, knob in stage.knobs},
+        teacher=_teacher_network(run, stage, source) if needs_teacher(terms) else None,
+    )
+    return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
+
+
+def _teacher_network(run: Run, stage: Stage, source: ResidentSource) -> Any:
+    if stage.teacher is None:
+        raise UserError(f"stage {stage.name}: an objective needs a teacher, and the stage names none")
+    parsed = parse_reference(stage.teacher)
+    teacher = run.find(parsed.target) if parsed.kind == "stage" else stage
+    return run.network(teacher, num_classes=source.num_classes)
+
+
+def teacher_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
+    """Variables of the stage's teacher, or {} where no objective needs one."""
+    if assembly.parts.teacher is None or assembly.stage.teacher is None:
+        return {}
+    return run.referenced(assembly.stage.teacher, source=assembly.source, default=assembly.stage)[1]
+
+
+def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
+    """Variables before the first step: fresh, then copied, then made anew where the stage says so."""
+    stage, source = assembly.stage, assembly.source
+    indices, _ = index_plan(
+        stage.seed,
+        0,
+        num_images=len(source.train),
+        batch_size=min(stage.optim.batch_size, len(source.train)),
+        drop_last=False,
+    )
+    images = prepare_eval(source.train.images[indices[0]], mean=source.mean, std=source.std)
+    variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images)
+    if stage.init_from is not None:
+        _, copied = run.referenced(stage.init_from, source=source, default=stage)
+        variables = create.transfer(
+            copied, variables, collections=stage.transfer, may_be_new=stage.may_be_new
+        )
+    return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
+
+
+def make_evaluator(run: Run, network: Any, source: ResidentSource, devices: Devices) -> Evaluator:
+    """Evaluates on 'test' and, where the source has one, on 'validation'."""
+    splits = {"test": source.test}
+    if source.validation is not None:
+        splits["validation"] = source.validation
+    return Evaluator(
+        network,
+        prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
+        splits=splits,
+        batch_size=run.config["train"]["eval_batch_size"],
+        devices=devices,
+    )

@@ -1,0 +1,246 @@
+"""What ``launch.py`` can do: train the stages of a run one after another, evaluate, summarise, report.
+
+A finished stage is skipped, an interrupted one goes on at its step, a new one starts from what it refers to.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bnn_jax import data, run_folder
+from bnn_jax.assembly import (
+    Assembly,
+    Run,
+    assemble,
+    build_objectives,
+    initial_variables,
+    load_checkpoint,
+    make_evaluator,
+    teacher_variables,
+)
+from bnn_jax.errors import Interrupted, UserError
+from bnn_jax.report import complexity, levels, plots, tables
+from bnn_jax.stages import Stage, fingerprint
+from bnn_jax.training import create, metrics
+from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.training.devices import all_devices
+from bnn_jax.training.interrupt import StopRequest
+from bnn_jax.training.loop import LoopOptions, StageLoop
+from bnn_jax.training.progress import say
+from bnn_jax.training.state import TrainState
+
+
+def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> list[dict[str, Any]]:
+    """Trains what is left of a run.
+
+    Args:
+      run: the run.
+      from_stage: name of a stage to train again, with all after it; their old folders are moved aside.
+      fresh: whether an existing run folder is moved aside first.
+
+    Returns:
+      The results of all stages.
+
+    Raises:
+      UserError: the run cannot start, or a stage stopped.
+      Interrupted: the run was asked to stop; it is saved.
+    """
+    check(run)
+    again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
+    if fresh:
+        with run_folder.locked(run.folder):
+            _move_aside(run.folder)
+    with run_folder.locked(run.folder):
+        run_folder.claim(run.folder, run.config, run.stages)
+        for stage in again:
+            _move_aside(run.stage_folder(stage))
+        with StopRequest() as stop:
+            return [_finished_result(run, stage) or _train_stage(run, stage, stop) for stage in run.stages]
+
+
+def check(run: Run) -> None:
+    """Builds every stage once in shapes only, so that a mistake shows before anything is trained.
+
+    Raises:
+      UserError: what cannot be built.
+    """
+    image_shape, num_classes = data.describe(run.stages[0].data)
+    for stage in run.stages:
+        build_objectives(stage)
+        create.variable_shapes(run.network(stage, num_classes=num_classes), image_shape)
+
+
+def _move_aside(path: Path) -> None:
+    moved = run_folder.move_aside(path)
+    if moved:
+        say(f"moved {path} to {moved}")
+
+
+def _finished_result(run: Run, stage: Stage) -> dict[str, Any] | None:
+    folder = run.stage_folder(stage)
+    result = run_folder.read_result(folder)
+    if result is not None:
+        if result["stage_fingerprint"] != fingerprint(stage, run.stages):
+            raise UserError(f"{folder} holds a result of another config; --stage={stage.name} trains it again")
+        say(f"stage {stage.name}: finished before, last top-1 {result['last_top1']:.2f} %")
+    return result
+
+
+def _train_stage(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
+    if stop:
+        raise Interrupted(f"stopped before stage {stage.name}; the same command goes on from there", stop.signal_number)
+    folder = run.stage_folder(stage)
+    folder.mkdir(exist_ok=True)
+    assembly = assemble(run, stage, run.load_data(stage))
+    started = time.monotonic()
+    with CheckpointStore(folder / run_folder.CHECKPOINTS) as store:
+        state = _fit(run, assembly, store, stop)
+        result = _result(run, assembly, state)
+    result["process_seconds"] = round(time.monotonic() - started, 1)
+    run_folder.write_json(folder / run_folder.RESULT, result)
+    if stop and stage is not run.stages[-1]:
+        raise Interrupted(f"stage {stage.name} is finished; the same command goes on with the rest", stop.signal_number)
+    return result
+
+
+def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest) -> TrainState:
+    """The state after the last epoch, from a new start or from the last checkpoint."""
+    devices, stage = all_devices(), assembly.stage
+    if store.latest_step() is None:
+        state, meta = assembly.create_state(initial_variables(run, assembly), devices), None
+    else:
+        state, meta = store.restore(assembly.state_shapes(devices))
+        state = devices.replicate(state)
+        say(f"stage {stage.name}: going on from step {int(state.step)}")
+    train_config = run.config["train"]
+    loop = StageLoop(
+        stage,
+        assembly.parts,
+        schedule=assembly.schedule,
+        source=assembly.source,
+        teacher=teacher_variables(run, assembly),
+        evaluator=make_evaluator(run, assembly.network, assembly.source, devices),
+        store=store,
+        metrics_path=run.stage_folder(stage) / run_folder.METRICS,
+        options=LoopOptions(
+            steps_per_dispatch=train_config["steps_per_dispatch"],
+            checkpoint_seconds=train_config["checkpoint_seconds"],
+        ),
+        devices=devices,
+    )
+    return loop.fit(state, stop, meta=meta)
+
+
+def _result(run: Run, assembly: Assembly, state: TrainState) -> dict[str, Any]:
+    """Content of ``result.json``: last epoch first, best beside it with how it was chosen."""
+    stage, source = assembly.stage, assembly.source
+    records = metrics.read(run.stage_folder(stage) / run_folder.METRICS)
+    selection = "validation" if source.validation is not None else "test"
+    best = max(records, key=lambda record: (record[f"{selection}_top1"], -record["epoch"]))
+    last = records[-1]
+    costs = complexity.complexity(assembly.network, source.image_shape)
+    in_use = levels.levels_in_use(assembly.network, jax.device_get(state.variables), source.image_shape)
+    device = jax.devices()[0]
+    return {
+        "stage": stage.name,
+        "bits": stage.bits,
+        "last_top1": last["test_top1"],
+        "best_top1": best["test_top1"],
+        "best_epoch": best["epoch"],
+        "selection": selection,
+        "last_top5": last["test_top5"],
+        "last_loss": last["test_loss"],
+        "epochs": len(records),
+        "steps": last["step"],
+        "seed": run.config["seed"],
+        "data": stage.data.name,
+        "num_train": len(source.train),
+        "num_test": len(source.test),
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+        "images_per_second": round(sorted(record["images_per_second"] for record in records)[len(records) // 2], 1),
+        "quantized_weight_bits": costs.total.quantized_bits,
+        "stored_bits": costs.total.stored_bits,
+        "level_bits": max((bits for _, bits in in_use.values()), default=None),
+        "parameters": costs.total.parameters,
+        "data_fingerprint": source.fingerprint,
+        "stage_fingerprint": fingerprint(stage, run.stages),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        **run_folder.provenance(),
+    }
+
+
+def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Accuracy on the test images of a checkpoint, or of a stage of the run.
+
+    Args:
+      run: the run; its folder is not looked at when ``checkpoint`` is given.
+      stage_name: 'w4a4' or 'w4a4@best'; None is the last stage (with a checkpoint) or the last finished one.
+      checkpoint: file or folder of saved variables.
+
+    Returns:
+      ``top1`` and ``top5`` in percent, ``loss``, ``num_images``, ``stage``, ``checkpoint``.
+
+    Raises:
+      UserError: nothing to evaluate, or it does not fit.
+    """
+    name, _, which = (stage_name or "").partition("@")
+    if which not in ("", "last", "best"):
+        raise UserError(f"--stage={stage_name}: accepted behind the @ are last, best")
+    if checkpoint is not None:
+        stage = run.find(name) if name else run.stages[-1]
+    else:
+        stage = run.find(name) if name else _last_finished(run)
+    # The variables are read before the images: a wrong checkpoint shows at once.
+    image_shape, num_classes = data.describe(stage.data)
+    network = run.network(stage, num_classes=num_classes)
+    shapes = create.variable_shapes(network, image_shape)
+    if checkpoint is not None:
+        variables, label = load_checkpoint(checkpoint, shapes), str(checkpoint)
+    else:
+        variables = run.load_variables(f"stage:{stage.name}@{which or 'last'}", shapes)
+        label = f"{run.checkpoints(stage)} ({which or 'last'} epoch)"
+    devices = all_devices()
+    evaluator = make_evaluator(run, network, run.load_data(stage), devices)
+    result = evaluator(devices.replicate(variables), "test")
+    assert result is not None  # only asked to stop could it be
+    return {**result, "stage": stage.name, "checkpoint": label}
+
+
+def _last_finished(run: Run) -> Stage:
+    for stage in reversed(run.stages):
+        if run_folder.read_result(run.stage_folder(stage)) is not None:
+            return stage
+    raise UserError(f"{run.folder}: no finished stage to evaluate; train first, or give --checkpoint")
+
+
+def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity:
+    """Costs of a stage's network, layer by layer; None is the last stage."""
+    stage = run.find(stage_name) if stage_name else run.stages[-1]
+    image_shape, num_classes = data.describe(stage.data)
+    return complexity.complexity(run.network(stage, num_classes=num_classes), image_shape)
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Results of the finished stages and the picture of the chain, saved as ``chain.png`` in the run folder.
+
+    Raises:
+      UserError: no stage is finished.
+    """
+    results, records = [], {}
+    for stage in run.stages:
+        result = run_folder.read_result(run.stage_folder(stage))
+        if result is not None:
+            results.append(result)
+            records[stage.name] = metrics.read(run.stage_folder(stage) / run_folder.METRICS)
+    if not results:
+        raise UserError(f"{run.folder}: no finished stage to report; train first")
+    picture = run.folder / "chain.png"
+    plots.plot_chain(results, records, picture)
+    return {"stages": results, "picture": str(picture)}
+
+
+def print_chain(run: Run) -> None:
+    """Prints the table of the stages about to be trained."""
+    tables.print_to_stderr(tables.stages_table(run.stages))

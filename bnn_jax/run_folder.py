@@ -1,0 +1,153 @@
+"""The run folder: which stages it holds, whether it belongs to this config, and who is writing to it.
+
+``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``. Nothing here deletes anything: what is
+in the way is moved aside to ``<name>.old-<N>``.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bnn_jax.config import LOCATION_KEYS, flatten
+from bnn_jax.errors import UserError
+from bnn_jax.stages import Stage, differing_keys, to_json
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "bnn_jax")
+MOST_KEYS_SHOWN = 5
+CHECKPOINTS, METRICS, RESULT = "checkpoints", "metrics.jsonl", "result.json"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """``result.json`` of a finished stage, or None.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    return read_json(folder / RESULT)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file, or None where there is none.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged; move it away to make it anew") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one step: it is either the old one or the whole new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:
+    """Makes the folder this run's, or checks that it is.
+
+    Raises:
+      UserError: the folder holds a run of another config (the differing keys are named), or cannot be written.
+    """
+    content = {"config": to_json_config(config), "stages": [to_json(stage) for stage in stages]}
+    path = workdir / "config.json"
+    existing = read_json(path)
+    if existing is None:
+        write_json(path, {**content, **provenance()})
+        return
+    old, new = (flatten(c) for c in (existing.get("config", {}), content["config"]))
+    rows = differing_keys(*({k: v for k, v in c.items() if k not in LOCATION_KEYS} for c in (old, new)))
+    if not rows:
+        rows = differing_keys(existing.get("stages"), content["stages"], "stages")
+    if rows:
+        more = f" and {len(rows) - MOST_KEYS_SHOWN} more" if len(rows) > MOST_KEYS_SHOWN else ""
+        shown = ", ".join(f"config.{row}" if not row.startswith("stages") else row for row in rows[:MOST_KEYS_SHOWN])
+        raise UserError(
+            f"{workdir} holds a run of another config: {shown}{more}; choose another --workdir, or --fresh to move it aside"
+        )
+
+
+def to_json_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A validated config in the values JSON gives back (lists for tuples)."""
+    return json.loads(json.dumps(config))
+
+
+def move_aside(path: Path) -> Path | None:
+    """Renames a file or folder to ``<name>.old-<N>`` with the first free N; None where there is nothing."""
+    if not path.exists():
+        return None
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(target)
+    return target
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Creates the folder and holds its lock, so that no second process trains into it.
+
+    Raises:
+      UserError: another process holds it, or the folder cannot be made or written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {describe_os_error(error)}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--workdir={workdir}: another process is training in this folder") from None
+        yield
+
+
+def describe_os_error(error: OSError) -> str:
+    """One phrase for an error of the file system."""
+    if error.errno == errno.ENOSPC:
+        return "no space left on the device"
+    return (error.strerror or str(error)).lower()
+
+
+def provenance() -> dict[str, Any]:
+    """Library versions and git commit of this installation."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"versions": versions, "git_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """Commit of the source, with '-dirty' if files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        commit = run("rev-parse", "HEAD")
+        return f"{commit}-dirty" if run("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
