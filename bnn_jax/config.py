@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -133,7 +134,7 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     schema = {**COMMON, **SECTIONS[method]}
     for key in flat:
         if key not in schema:
-            raise UserError(f"config.{key}: unknown key; {_suggest(key, schema)}")
+            raise UserError(f"config.{key}: unknown key; {suggest(key, schema)}")
     for key in schema:
         if key not in flat:
             raise UserError(f"config.{key} is missing; see configs/common.py")
@@ -144,9 +145,8 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     return _unflatten(values)
 
 
-def _suggest(key: str, schema: Mapping[str, Key]) -> str:
-    import difflib
-
+def suggest(key: str, schema: Mapping[str, Any]) -> str:
+    """What might have been meant by an unknown dotted key."""
     close = difflib.get_close_matches(key, schema, n=1)
     if close:
         return f"did you mean config.{close[0]}?"

@@ -21,7 +21,7 @@ from bnn_jax.assembly import (
     teacher_variables,
 )
 from bnn_jax.errors import Interrupted, UserError
-from bnn_jax.report import complexity, levels, plots, tables
+from bnn_jax.report import complexity, levels, plots
 from bnn_jax.stages import Stage, fingerprint
 from bnn_jax.training import create, metrics
 from bnn_jax.training.checkpoint import CheckpointStore
@@ -239,8 +239,3 @@ def report(run: Run) -> dict[str, Any]:
     picture = run.folder / "chain.png"
     plots.plot_chain(results, records, picture)
     return {"stages": results, "picture": str(picture)}
-
-
-def print_chain(run: Run) -> None:
-    """Prints the table of the stages about to be trained."""
-    tables.print_to_stderr(tables.stages_table(run.stages))

@@ -1,0 +1,158 @@
+"""The command line behind ``launch.py``: flags, config file, overrides, and what each mode prints.
+
+Results go to stdout, the log of the work to stderr. With ``--json`` the last line of stdout is one JSON object.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from bnn_jax.config import flatten, suggest, validate
+from bnn_jax.errors import UserError
+
+MODES = ("train", "evaluate", "summary", "report")
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """Parses the command line, loads the config file and applies the overrides.
+
+    Args:
+      argv: program name and arguments.
+
+    Returns:
+      Flag values: ``config`` (ConfigDict), ``mode``, ``workdir``, ``stage``, ``checkpoint``, ``fresh``, ``json``.
+
+    Raises:
+      UserError: one line about what is wrong.
+    """
+    argv = _config_first(argv)
+    config = _load_config(argv[1].partition("=")[2])
+    _check_override_keys(argv, config)
+    values = _define_flags()
+    # config_flags looks for overrides in sys.argv, not in what it is given.
+    sys.argv = argv
+    try:
+        rest = values(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_describe_illegal_value(one_line(error), config)) from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"command line: {one_line(error)}; --help lists the options") from None
+    if rest:
+        raise UserError(f"command line: {rest[0]!r} is no option; --help lists the options")
+    if values.mode not in MODES:
+        raise UserError(f"--mode={values.mode}: accepted are {', '.join(MODES)}")
+    return values
+
+
+def _define_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    for name in ("workdir", "stage", "checkpoint"):
+        flags.DEFINE_string(name, None, name, flag_values=values)
+    flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
+    flags.DEFINE_bool("fresh", False, "start anew", flag_values=values)
+    flags.DEFINE_bool("json", False, "JSON as the last line", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "config", flag_values=values)
+    return values
+
+
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with ``--config=FILE`` in front, since overrides are only understood behind it."""
+    rest, config = [], None
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            config = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    if not config:
+        raise UserError("--config is missing, e.g. --config=configs/quickstart.py; --help lists the options")
+    return [argv[0], f"--config={config}", *rest]
+
+
+def _load_config(value: str) -> ConfigDict:
+    """The config a file's ``get_config`` returns; ``FILE:ARGUMENT`` hands it the argument."""
+    path, _, argument = value.partition(":")
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise UserError(f"--config={value}: {path} is no Python file; configs/ holds the configs")
+    try:
+        module_spec = importlib.util.spec_from_file_location("config", path)
+        assert module_spec is not None and module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        config = module.get_config(argument)
+    except Exception as error:
+        # Anything can go wrong in a file of the user's; the message names the file, Python's own text the rest.
+        raise UserError(f"--config={value}: {type(error).__name__}: {one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={value}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def _check_override_keys(argv: Sequence[str], config: ConfigDict) -> None:
+    known = flatten(config.to_dict())
+    for argument in argv[2:]:
+        name = argument.partition("=")[0].lstrip("-")
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            raise UserError(f"--{name}: unknown key; {suggest(name.removeprefix('config.'), known)}")
+
+
+def _describe_illegal_value(message: str, config: ConfigDict) -> str:
+    """Adds the accepted type to absl's message about a value of the wrong type."""
+    name = message.removeprefix("flag --").partition("=")[0]
+    if not name.startswith("config."):
+        return f"command line: {message}"
+    *sections, key = name.removeprefix("config.").split(".")
+    for section in sections:
+        config = config[section]
+    return f"{message.removeprefix('flag ')}: accepted is {config.get_type(key).__name__}"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run(values: Any) -> None:
+    """Does what the flags ask for, and prints the result.
+
+    Args:
+      values: what ``parse`` returned.
+
+    Raises:
+      UserError: bad input.
+      Interrupted: a signal came; the run is saved.
+    """
+    config = validate(values.config.to_dict())
+    # Only now: importing jax takes seconds, and a mistake should show at once.
+    from bnn_jax import pipeline
+    from bnn_jax.report import tables
+
+    job = pipeline.Run(config, Path(values.workdir or Path("runs") / config["name"]))
+    if values.mode == "train":
+        tables.show(tables.stages_table(job.stages), file=sys.stderr)
+        tables.show(tables.results_table(pipeline.train(job, from_stage=values.stage, fresh=values.fresh)))
+        return
+    if values.mode == "evaluate":
+        checkpoint = Path(values.checkpoint) if values.checkpoint else None
+        result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
+        print(
+            f"{result['stage']}: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['loss']:.4f}  "
+            f"({result['num_images']:,} images, {result['checkpoint']})"
+        )
+    elif values.mode == "summary":
+        costs = pipeline.summary(job, stage_name=values.stage)
+        tables.show(costs.table())
+        result = costs.to_json()
+    else:
+        result = pipeline.report(job)
+        tables.show(tables.results_table(result["stages"]))
+        print(f"picture: {result['picture']}")
+    if values.json:
+        print(json.dumps(result), flush=True)
