@@ -25,7 +25,16 @@ from bnn_jax.data.base import (
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
 
-__all__ = ["SOURCES", "ResidentSource", "SourceEntry", "Split", "build", "index_plan", "sequential_plan"]
+__all__ = [
+    "SOURCES",
+    "ResidentSource",
+    "SourceEntry",
+    "Split",
+    "build",
+    "describe",
+    "index_plan",
+    "sequential_plan",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +43,53 @@ class SourceEntry:
 
     Attributes:
       load: ``load(request, **options) -> LoadedImages``.
+      shape: (H, W, C) and number of classes; the options 'image_size' and 'num_classes' replace theirs.
       options: the source's options and their defaults, all of them integers.
     """
 
     load: Callable[..., LoadedImages]
+    shape: tuple[tuple[int, int, int], int] = ((32, 32, 3), 10)
     options: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
+def _tfds_entry(name: str) -> SourceEntry:
+    known = tfds_source.TFDS_SETS[name]
+    return SourceEntry(functools.partial(tfds_source.load, name), (known.image_shape, known.num_classes))
+
+
+def _no_imagenet(request: LoadRequest) -> LoadedImages:
+    raise DataError(
+        "config.data.name='imagenet2012': this version reads no ImageNet yet; --config=...:smoke runs on generated images"
+    )
+
+
 SOURCES: dict[str, SourceEntry] = {
-    "cifar10": SourceEntry(functools.partial(tfds_source.load, "cifar10")),
-    "cifar100": SourceEntry(functools.partial(tfds_source.load, "cifar100")),
-    "mnist": SourceEntry(functools.partial(tfds_source.load, "mnist")),
-    "digits": SourceEntry(digits.load, {"image_size": 16, "seed": 0}),
+    **{name: _tfds_entry(name) for name in tfds_source.TFDS_SETS},
+    "imagenet2012": SourceEntry(_no_imagenet, ((224, 224, 3), 1000)),
+    "digits": SourceEntry(digits.load, options={"image_size": 16, "seed": 0}),
     "synthetic": SourceEntry(
-        synthetic.load, {"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}
+        synthetic.load, options={"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}
     ),
 }
+
+
+def describe(spec: DataSpec) -> tuple[tuple[int, int, int], int]:
+    """Image shape (H, W, C) and number of classes of a ``DataSpec``, without reading any image.
+
+    Raises:
+      DataError: an unknown name or option.
+    """
+    entry = _entry(spec)
+    options = _merge_options(spec, entry.options)
+    (height, width, channels), num_classes = entry.shape
+    side = options.get("image_size")
+    return (side or height, side or width, channels), options.get("num_classes", num_classes)
+
+
+def _entry(spec: DataSpec) -> SourceEntry:
+    if spec.name not in SOURCES:
+        raise DataError(f"data.name is {spec.name!r}: accepted are {', '.join(SOURCES)}")
+    return SOURCES[spec.name]
 
 
 def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool = False) -> ResidentSource:
