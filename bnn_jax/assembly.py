@@ -215,9 +215,7 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images)
     if stage.init_from is not None:
         _, copied = run.referenced(stage.init_from, source=source, default=stage)
-        variables = create.transfer(
-            copied, variables, collections=stage.transfer, may_be_new=stage.may_be_new
-        )
+        variables = create.transfer(copied, variables, collections=stage.transfer, may_be_new=stage.may_be_new)
     return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
 
 

@@ -143,8 +143,8 @@ def run(values: Any) -> None:
         checkpoint = Path(values.checkpoint) if values.checkpoint else None
         result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
         print(
-            f"{result['stage']}: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['loss']:.4f}  "
-            f"({result['num_images']:,} images, {result['checkpoint']})"
+            f"{result['stage']}: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
+            f"loss {result['loss']:.4f}  ({result['num_images']:,} images, {result['checkpoint']})"
         )
     elif values.mode == "summary":
         costs = pipeline.summary(job, stage_name=values.stage)

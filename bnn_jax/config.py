@@ -1,10 +1,12 @@
-"""Checking a config before anything is trained: unknown keys, wrong types, values out of range, impossible combinations.
+"""Checking a config before anything is trained: unknown keys, wrong types, values out of range.
 
-``validate`` compares a config with the schema below. Every method adds its own section (``config.<method>``) to ``SECTIONS``.
+``validate`` compares a config with the schema below. Every method adds its own section (``config.<method>``) to
+``SECTIONS``.
 """
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,8 +43,10 @@ UNIT = _range("0 <= value <= 1", lambda value: 0 <= value <= 1)
 ALL_POSITIVE = _range("numbers greater than 0", lambda values: len(values) > 0 and all(v > 0 for v in values))
 ALL_NOT_NEGATIVE = _range("numbers of 0 or more", lambda values: all(v >= 0 for v in values))
 CHAIN_BITS = _range(
-    "a falling sequence of 32, 8 to 1", lambda bits: len(bits) > 0 and all(b == 32 or 1 <= b <= 8 for b in bits)
-    and all(a > b for a, b in zip(bits, bits[1:]))
+    "a falling sequence of 32, 8 to 1",
+    lambda bits: (
+        len(bits) > 0 and all(b == 32 or 1 <= b <= 8 for b in bits) and all(a > b for a, b in itertools.pairwise(bits))
+    ),
 )
 
 COMMON: dict[str, Key] = {

@@ -1,7 +1,7 @@
 """The run folder: which stages it holds, whether it belongs to this config, and who is writing to it.
 
-``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``. Nothing here deletes anything: what is
-in the way is moved aside to ``<name>.old-<N>``.
+``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``. Nothing here deletes
+anything: what is in the way is moved aside to ``<name>.old-<N>``.
 """
 
 import contextlib
@@ -79,7 +79,8 @@ def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -
         more = f" and {len(rows) - MOST_KEYS_SHOWN} more" if len(rows) > MOST_KEYS_SHOWN else ""
         shown = ", ".join(f"config.{row}" if not row.startswith("stages") else row for row in rows[:MOST_KEYS_SHOWN])
         raise UserError(
-            f"{workdir} holds a run of another config: {shown}{more}; choose another --workdir, or --fresh to move it aside"
+            f"{workdir} holds a run of another config: {shown}{more}; choose another --workdir, or --fresh to move it "
+            "aside"
         )
 
 

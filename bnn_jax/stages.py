@@ -129,7 +129,8 @@ class Stage:
       knobs: (name, schedule) pairs evaluated at every step and handed to the quantizers and objectives.
       init_from: where the initial variables come from: 'stage:NAME', 'stage:NAME@best', 'file:PATH' or None.
       transfer: collections copied from there ('params', 'batch_stats', 'quant_state').
-      may_be_new: regular expressions of paths ('params/...') that may be missing there and keep their own initial value.
+      may_be_new: regular expressions of paths ('params/...') that may be missing there and keep their own initial
+        value.
       recompute: regular expressions of paths ('quant_state/.*/mask') made anew from the copied parameters.
       teacher: where the teacher's variables and network come from (as init_from), or None.
       seed: seed of data order, augmentation and random draws.

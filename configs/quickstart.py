@@ -1,6 +1,6 @@
 """Quickstart: the ASBQ chain with ResNet-8 on scikit-learn's 8x8 digits, enlarged to 16x16; minutes on a laptop's CPU.
 
-The digits stand in for a data set so that nothing has to be downloaded; the accuracies are no result to compare with anything.
+The digits stand in for a data set so that nothing has to be downloaded; the accuracies compare with nothing.
 Run: make run, or: python launch.py --config=configs/quickstart.py
 """
 

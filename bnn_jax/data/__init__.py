@@ -59,7 +59,7 @@ def _tfds_entry(name: str) -> SourceEntry:
 
 def _no_imagenet(request: LoadRequest) -> LoadedImages:
     raise DataError(
-        "config.data.name='imagenet2012': this version reads no ImageNet yet; --config=...:smoke runs on generated images"
+        "config.data.name='imagenet2012': this version reads no ImageNet; --config=...:smoke runs on generated images"
     )
 
 

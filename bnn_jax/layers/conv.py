@@ -15,7 +15,7 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Uniform on +-1/sqrt(fan_in), the default of the published code; fan_in is the product of all but the last axis."""
+    """Uniform on +-1/sqrt(fan_in), the published default; fan_in is the product of all axes but the last."""
     bound = 1.0 / float(_product(shape[:-1])) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -30,12 +30,13 @@ def _product(shape: tuple[int, ...]) -> int:
 class QuantConv(nn.Module):
     """Convolution of quantized activations with quantized weights.
 
-    Forward: ``y = conv(act_quantizer(x), weight_quantizer(kernel)) + bias``, NHWC, explicit zero padding (zeros are a third
-      value beside -1 and +1, as in the published networks).
+    Forward: ``y = conv(act_quantizer(x), weight_quantizer(kernel)) + bias``, NHWC, explicit zero padding (zeros are a
+      third value beside -1 and +1, as in the published networks).
     Backward: ordinary convolution gradients at the quantized operands, then the quantizers' own.
 
-    With ``compute_dtype='bfloat16'`` and two quantizers that give integer codes of at most 8 bits, the forward convolution
-    runs on the codes in bfloat16 (exact operands, float32 sums) and is scaled afterwards; otherwise it is float32.
+    With ``compute_dtype='bfloat16'`` and two quantizers that give integer codes of at most 8 bits, the forward
+    convolution runs on the codes in bfloat16 (exact operands, float32 sums) and is scaled afterwards; otherwise it is
+    float32.
 
     Attributes:
       features: output channels O.
@@ -161,11 +162,13 @@ class _Convolution:
         )
 
 
-def convolve_codes(convolve: _Convolution, x: jax.Array, kernel: jax.Array, x_scale: Any, kernel_scale: Any) -> jax.Array:
+def convolve_codes(
+    convolve: _Convolution, x: jax.Array, kernel: jax.Array, x_scale: Any, kernel_scale: Any
+) -> jax.Array:
     """Convolution of two operands that are integer multiples of a scale, with exact bfloat16 operands.
 
-    Forward: ``y = conv(round(x/x_scale), round(kernel/kernel_scale)) * x_scale * kernel_scale``; the codes are at most 256
-      in magnitude, so bfloat16 holds them exactly, and sums are float32.
+    Forward: ``y = conv(round(x/x_scale), round(kernel/kernel_scale)) * x_scale * kernel_scale``; the codes are at
+      most 256 in magnitude, so bfloat16 holds them exactly, and sums are float32.
     Backward: float32 gradients of ``conv(x, kernel)``, since a cotangent is no integer code.
 
     Args:

@@ -12,8 +12,9 @@ class BatchNorm(nn.Module):
 
     Forward (training): ``y = (x - mean) / sqrt(var + epsilon) * scale + bias`` with the biased batch variance;
       ``running = momentum * running + (1 - momentum) * batch``, where the running variance takes the UNBIASED batch
-      variance ``var * n / (n - 1)`` (flax's own layer stores the biased one). Rows that ``ctx.mask`` marks as padding count
-      neither in the statistics nor in n. The real stream (``ctx.stream == 'real'``) never changes the running statistics.
+      variance ``var * n / (n - 1)`` (flax's own layer stores the biased one). Rows that ``ctx.mask`` marks as padding
+      count neither in the statistics nor in n. The real stream (``ctx.stream == 'real'``) never changes the running
+      statistics.
     Backward: ordinary differentiation, through the batch statistics too.
 
     Attributes:

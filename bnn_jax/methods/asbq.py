@@ -1,14 +1,16 @@
 """ASBQ: a chain of precisions 32 -> 8 -> 4 -> 2 -> 1 bit, each rung initialised (and taught) by the one before.
 
-Every rung is one training run; weights and activations share the bit width. A rung copies the trainable tensors of the rung before, not
-its masks, running statistics or optimiser state. 5 % of the filters of every quantized convolution are masked (VGG-Small: of the
-1x2 blocks). Three presets answer the questions on which paper and released code differ:
+Every rung is one training run; weights and activations share the bit width. A rung copies the trainable tensors of
+the rung before, not its masks, running statistics or optimiser state. 5 % of the filters of every quantized
+convolution are masked (VGG-Small: of the 1x2 blocks). Three presets answer the questions on which paper and released
+code differ:
 
-  paper       truly binary last rung, masks from the copied weights applied after quantization, distillation (weight 0.5)
-  release     as the code at its last commit: "1-bit" weights with several levels, random masks before quantization, no distillation
-  checkpoint  as release, with the block the published 4-bit checkpoint was trained with
+  paper       truly binary last rung, masks from the copied weights applied after quantization, distillation (weight
+  0.5) release     as the code at its last commit: "1-bit" weights with several levels, random masks before
+  quantization, no distillation checkpoint  as release, with the block the published 4-bit checkpoint was trained with
 
-Reference: Xu et al., "Adaptive Multi-bit Progressive Quantization for Stable Training of Binary Neural Networks"; release: Luadoo/ASBQ.
+Reference: Xu et al., "Adaptive Multi-bit Progressive Quantization for Stable Training of Binary Neural Networks";
+  release: Luadoo/ASBQ.
 """
 
 from collections.abc import Mapping
@@ -74,9 +76,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         if asbq["block"] is not None:
             raise UserError(f"config.asbq.block={asbq['block']!r}: network {network!r} has no blocks; leave it empty")
     elif switches["block"] == "imagenet":
-        raise UserError(
-            f"config.asbq.block='imagenet': accepted with network {network!r} are 'release', 'checkpoint'"
-        )
+        raise UserError(f"config.asbq.block='imagenet': accepted with network {network!r} are 'release', 'checkpoint'")
     return switches
 
 
@@ -134,8 +134,8 @@ def _rung(
         teacher=source if previous is not None and switches["kd_weight"] > 0 else None,
         recompute=("quant_state/.*/mask$",) if from_copied else (),
         seed=config["seed"] + 1000 * seed,
-        # The published masks differ between the first rung and the others, and are the same in all others: each run reseeds and
-        # draws the student after the teacher. A mask drawn from random weights depends on this seed alone.
+        # The published masks differ between the first rung and the others, and are the same in all others: each run
+        # reseeds and draws the student after the teacher. A mask from random weights depends on this seed alone.
         init_seed=config["seed"] if previous is None else config["asbq"]["mask_seed"],
         bits=float(bits),
         compute_dtype=config["train"]["compute_dtype"],
@@ -182,6 +182,7 @@ def _learning_rate(config: Mapping[str, Any], base: float) -> Spec:
     boundaries, factors = asbq["learning_rate_boundaries"], asbq["learning_rate_factors"]
     if len(factors) != len(boundaries) + 1 or list(boundaries) != sorted(boundaries):
         raise UserError(
-            f"config.asbq.learning_rate_factors={factors!r}: accepted is one more than the (rising) boundaries {boundaries!r}"
+            f"config.asbq.learning_rate_factors={factors!r}: accepted is one more than the rising boundaries, "
+            f"{boundaries!r}"
         )
     return spec("piecewise", boundaries=boundaries, values=tuple(base * factor for factor in factors))

@@ -90,8 +90,8 @@ class NormAfterQuantizerBlock(ResidualBlock):
     Forward: ``x' = relu6(x); a = bn1(quantizer(x')); h = conv1(a); z = conv2(bn2(A(h))); out = z + (d(x') or x')``.
       Convolution inputs take 2**bits values per channel, on a grid of their own in every channel.
 
-    Reference: ASBQ, `imagenet` block; release: Luadoo/ASBQ: quantization/resnet_imagenet.py, whose in-place ReLU6 clips the
-      shortcut too.
+    Reference: ASBQ, `imagenet` block; release: Luadoo/ASBQ: quantization/resnet_imagenet.py, whose in-place ReLU6
+      clips the shortcut too.
     """
 
     @nn.compact

@@ -30,7 +30,7 @@ class ResNet(nn.Module):
     block: str = "release"
 
     def blocks(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
-        """All stages, called inside the compact ``__call__``; block b of stage s is named ``layer<s>_<b>``, s from 1."""
+        """All stages, called inside the compact ``__call__``; block b of stage s (from 1) is named ``layer<s>_<b>``."""
         make: type[ResidualBlock] = BLOCKS[self.block]
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for index in range(size):
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
 
 
 class CifarResNet(ResNet):
-    """ResNet for 32x32 images: 3x3 stem without normalisation; BatchNorm, ReLU6 and average pooling before the classifier.
+    """ResNet for 32x32 images: plain 3x3 stem; BatchNorm, ReLU6 and average pooling before the classifier.
 
     Reference: ASBQ specification, section 2.6; He et al. 2016 (arXiv 1603.05027).
     """
@@ -73,7 +73,7 @@ class CifarResNet(ResNet):
 
 
 class ImageNetResNet(ResNet):
-    """ResNet for 224x224 images: 7x7 stem, ReLU6, BatchNorm, max pooling; nothing between the last block and the pooling.
+    """ResNet for 224x224 images: 7x7 stem, ReLU6, BatchNorm, max pooling; no BatchNorm after the last block.
 
     Reference: ASBQ specification, section 2.6; release: Luadoo/ASBQ: quantization/resnet_imagenet.py.
     """

@@ -16,8 +16,8 @@ class Distillation(Objective):
     """Kullback-Leibler divergence from the softened student to the softened teacher.
 
     Forward: ``KD = mean_n sum_c p_t (log p_t - log p_s)`` with ``p = softmax(logits / temperature)``; with
-      ``reduction='mean'`` the sum over classes is divided by the number of classes K as well. The published loss multiplies it by
-      ``2 T**2`` (or ``T**2``): that factor belongs into ``weight``.
+      ``reduction='mean'`` the sum over classes is divided by the number of classes K as well. The published loss
+      multiplies it by ``2 T**2`` (or ``T**2``): that factor belongs into ``weight``.
     Backward: ordinary differentiation into the student; the teacher is a constant.
 
     Attributes:
@@ -28,7 +28,8 @@ class Distillation(Objective):
     Raises:
       ValueError: an unknown reduction or a temperature that is not positive.
 
-    Reference: Hinton et al. 2015 (arXiv 1503.02531); release: Luadoo/ASBQ: KLDivLoss with the element mean, factor 2 T**2.
+    Reference: Hinton et al. 2015 (arXiv 1503.02531); release: Luadoo/ASBQ: KLDivLoss with the element mean, factor 2
+      T**2.
     """
 
     temperature: float = 1.0

@@ -1,8 +1,8 @@
 """What a quantizer is: the context it reads, the two base classes, and the encoded form.
 
 A weight quantizer turns a layer's trainable ``kernel`` (its latent weights) into the kernel the convolution uses; an
-activation quantizer turns a layer's input into the values the convolution uses. Both are small Linen modules, so they may own
-parameters and state (collection ``quant_state``); the arithmetic lives in ``bnn_jax.ops``.
+activation quantizer turns a layer's input into the values the convolution uses. Both are small Linen modules, so they
+may own parameters and state (collection ``quant_state``); the arithmetic lives in ``bnn_jax.ops``.
 
 To add one: a function in ``ops``, a subclass here, a line in ``bnn_jax.quantizers.WEIGHT`` or ``ACT``.
 """

@@ -13,7 +13,8 @@ class DorefaWeight(WeightQuantizer):
     """Weights on a uniform grid with one scale per tensor.
 
     Forward: 2 to 8 bits: ``ops.uniform.dorefa_weight``, levels ``M*(2i/n - 1)``, without zero. 1 bit with
-      ``one_bit='sign'``: ``E*sign(w)``, sign(0) = +1; with ``one_bit='levels'``: integer multiples of E, which is not binary.
+      ``one_bit='sign'``: ``E*sign(w)``, sign(0) = +1; with ``one_bit='levels'``: integer multiples of E, which is not
+      binary.
     Backward: 2 to 8 bits ``dw = dQ * (1 - tanh(w)**2)``; 1 bit ``dw = dQ``.
 
     Attributes:

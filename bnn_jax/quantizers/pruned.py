@@ -22,7 +22,8 @@ class Pruned(WeightQuantizer):
       ``apply_mask='after'``: ``mask * Q(w)`` (masked weights are 0, statistics see all weights).
     Backward: masked weights get no gradient: ``dw = mask * (...)``.
 
-    The mask is made from the kernel present when the state ``quant_state/.../mask`` is created and never changes in a run.
+    The mask is made from the kernel present when the state ``quant_state/.../mask`` is created and never changes in a
+    run.
 
     Attributes:
       inner: factory of the quantizer inside.

@@ -73,9 +73,7 @@ def transfer(
     return result
 
 
-def recompute(
-    network: Any, variables: dict[str, Any], images: jax.Array, *, patterns: Sequence[str]
-) -> dict[str, Any]:
+def recompute(network: Any, variables: dict[str, Any], images: jax.Array, *, patterns: Sequence[str]) -> dict[str, Any]:
     """Variables in which every leaf that a pattern matches ('quant_state/.*/mask') is made anew by the network.
 
     Linen creates only what is missing: the matching leaves are dropped, and one forward pass makes them from the other

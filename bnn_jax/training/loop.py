@@ -1,7 +1,7 @@
 """The training loop of a stage: epochs, dispatches, evaluation, checkpoints, stopping and going on.
 
-The position in a run is the number of optimiser steps done, nothing else: the order of the images is a function of (seed, epoch),
-so a restored state goes on in the middle of an epoch with exactly the batches that were still to come.
+The position in a run is the number of optimiser steps done, nothing else: the order of the images is a function of
+(seed, epoch), so a restored state goes on in the middle of an epoch with exactly the batches that were still to come.
 """
 
 import collections
@@ -240,12 +240,11 @@ class StageLoop:
         good = self.store.latest_step()
         where = f"step {good} in {self.store.directory}" if good is not None else "none was saved yet"
         raise NonFiniteLossError(
-            f"stage {self.stage.name}: the loss is not finite at step {step}; last metrics: {last}; last good checkpoint: {where}"
+            f"stage {self.stage.name}: the loss is not finite at step {step}; last metrics: {last}; "
+            f"last good checkpoint: {where}"
         )
 
-    def _finish_epoch(
-        self, state: TrainState, clock: EpochClock, progress: Progress, stop: StopRequest
-    ) -> TrainState:
+    def _finish_epoch(self, state: TrainState, clock: EpochClock, progress: Progress, stop: StopRequest) -> TrainState:
         """Evaluates, writes the record, closes the epoch and saves."""
         results = {}
         for split in self.evaluator.splits:

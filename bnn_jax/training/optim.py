@@ -1,7 +1,7 @@
 """Optimisers in PyTorch's order of operations, with parameter groups by path.
 
-PyTorch adds the L2 term to the gradient before momentum or Adam ("coupled"); optax's ``adamw`` does not. The chains here do:
-``gradient -> clip -> + weight_decay * parameter -> momentum or Adam -> * (-learning_rate)``.
+PyTorch adds the L2 term to the gradient before momentum or Adam ("coupled"); optax's ``adamw`` does not. The chains
+here do: ``gradient -> clip -> + weight_decay * parameter -> momentum or Adam -> * (-learning_rate)``.
 """
 
 import re

@@ -15,7 +15,8 @@ def say(line: str) -> None:
 class Progress:
     """Shows how far a stage is.
 
-    On a terminal: a bar with images/s, loss, top-1 and the time left. Elsewhere: a line per epoch, and one at least every 30 s.
+    On a terminal: a bar with images/s, loss, top-1 and the time left. Elsewhere: a line per epoch, and one at least
+    every 30 s.
 
     Args:
       title: name of the stage.
@@ -42,7 +43,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, *, step: int, epoch: int, images_per_second: float, loss: float, top1: float) -> None:
-        """Shows the state after ``step`` optimiser steps; ``loss`` and ``top1`` (percent) are the epoch's means so far."""
+        """Shows the state after ``step`` optimiser steps; ``loss`` and ``top1`` (percent) are means of the epoch so far."""
         self.step = step
         status = f"epoch {epoch + 1}/{self.epochs}  {images_per_second:,.0f} img/s  loss {loss:.3f}  top-1 {top1:.1f} %"
         if self._bar is not None:

@@ -1,7 +1,7 @@
 """The training step and the evaluation step: one of each, for every method, network and quantizer.
 
-Order of a training step: context of the step -> forward -> teacher's forward (where an objective needs it) -> sum of the objectives
--> gradient -> optimiser -> state of the objectives -> sums of the epoch's metrics.
+Order of a training step: context of the step -> forward -> teacher's forward (where an objective needs it) -> sum of
+the objectives -> gradient -> optimiser -> state of the objectives -> sums of the epoch's metrics.
 """
 
 import dataclasses
@@ -196,8 +196,8 @@ def compile_end_of_epoch(objectives: Sequence[Objective], devices: Devices) -> C
 def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices) -> Callable:
     """Jitted function of (variables, images, labels, indices (N,), mask (N,)) -> sums over the valid rows.
 
-    The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among the five
-    largest logits (among all where there are fewer classes).
+    The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among
+    the five largest logits (among all where there are fewer classes).
     """
 
     def run(variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array, mask: jax.Array):
