@@ -1,0 +1,343 @@
+"""What a network costs, layer by layer: parameters, stored bits, multiply-accumulates, bit operations.
+
+Definitions, the same for every network and method:
+
+- weights: entries of the kernels of convolutions and dense layers; a layer is quantized if its weight quantizer stores
+  fewer than 32 bits per weight.
+- quantized bits: stored bits per weight times weights, over the quantized layers, rounded to a whole bit per layer. A
+  pruning mask does not reduce them: masked weights take a level like any other (``levels.py`` counts them).
+- full-precision bits: 32 times every other stored float: kernels of the layers that are not quantized, biases,
+  parameters of quantizers, scale, bias, running mean and running variance of BatchNorm. Scales that follow from the
+  latent weights (one a layer for DoReFa) are no parameters and are not counted, nor are masks.
+- codebook bits: tables that weights are looked up in.
+- stored bits: the sum of the three.
+- MACs: multiply-accumulates of convolutions and dense layers for one image; positions in the zero padding count.
+- bit operations: weight bits times activation bits times MACs, over the quantized layers only.
+- activation bits: those of the values a layer really multiplies, see ``activation_bits_of_layers``.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from bnn_jax.layers.conv import QuantConv, QuantDense
+from bnn_jax.layers.norm import BatchNorm
+from bnn_jax.quantizers.base import ActQuantizer, QuantContext, WeightQuantizer
+
+FLOAT_BITS = 32
+
+# Operations on one array that move its values or choose among them, so that the result takes no other value.
+VALUE_PRESERVING = (
+    "broadcast_in_dim",
+    "copy",
+    "reduce_max",
+    "reduce_window_max",
+    "reshape",
+    "rev",
+    "slice",
+    "squeeze",
+    "tile",
+    "transpose",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerComplexity:
+    """Cost of one layer; the module's docstring defines each figure.
+
+    Attributes:
+      path: names of the modules around it, joined by '/'.
+      kind: 'conv', 'dense', 'batch_norm', or the class name of another module with parameters of its own.
+      kernel_shape: (kh, kw, I/groups, O), (I, O), or None where there is no kernel.
+      output_shape: shape of the output without the batch axis.
+      parameters: trainable numbers.
+      weights: entries of the kernel.
+      weight_bits: stored bits per weight; 32 where there is no kernel.
+      activation_bits: bits of the values the kernel is multiplied with; 32 where there is no kernel.
+      macs: multiply-accumulates for one image.
+      quantized: whether the weights are.
+      full_precision_because: why it is not, or ''.
+      quantized_bits: stored bits of quantized weights.
+      codebook_bits: stored bits of codebooks.
+      full_precision_bits: stored bits of floats.
+    """
+
+    path: str
+    kind: str
+    kernel_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...]
+    parameters: int
+    weights: int
+    weight_bits: float
+    activation_bits: float
+    macs: int
+    quantized: bool
+    full_precision_because: str
+    quantized_bits: int
+    codebook_bits: int
+    full_precision_bits: int
+
+    @property
+    def stored_bits(self) -> int:
+        """All stored bits of the layer."""
+        return self.quantized_bits + self.codebook_bits + self.full_precision_bits
+
+    @property
+    def bit_operations(self) -> int:
+        """Weight bits times activation bits times MACs; 0 unless the weights are quantized."""
+        return round(self.weight_bits * self.activation_bits * self.macs) if self.quantized else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TotalComplexity:
+    """Sums over the layers; the module's docstring defines each figure."""
+
+    parameters: int
+    quantized_bits: int
+    codebook_bits: int
+    full_precision_bits: int
+    stored_bits: int
+    macs: int
+    bit_operations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Complexity:
+    """Cost of a network.
+
+    Attributes:
+      layers: every module with parameters of its own, in the order the network calls them.
+    """
+
+    layers: tuple[LayerComplexity, ...]
+
+    @property
+    def total(self) -> TotalComplexity:
+        """Sums over the layers."""
+        names = [field.name for field in dataclasses.fields(TotalComplexity)]
+        return TotalComplexity(**{name: sum(getattr(layer, name) for layer in self.layers) for name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: {'layers': [...], 'total': {...}}."""
+        sums = ("stored_bits", "bit_operations")
+        layers = [
+            {**dataclasses.asdict(layer), **{name: getattr(layer, name) for name in sums}} for layer in self.layers
+        ]
+        return {"layers": layers, "total": dataclasses.asdict(self.total)}
+
+
+@dataclasses.dataclass
+class _Call:
+    """What is noted when a module is called."""
+
+    module: Any
+    kind: str
+    kernel_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...]
+    macs: int
+
+
+def complexity(network: nn.Module, image_shape: tuple[int, int, int]) -> Complexity:
+    """Cost of a network for images of one size; nothing is computed, the network is only traced.
+
+    Args:
+      network: (images, QuantContext) -> NetworkOutput.
+      image_shape: (H, W, C).
+    """
+    calls: dict[str, _Call] = {}
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with _noting_calls(calls):
+        jaxpr, variables = jax.make_jaxpr(
+            lambda key, images: network.init(key, images, QuantContext(train=False)), return_shape=True
+        )(jax.random.key(0), images)
+    activation_bits = activation_bits_of_layers(jaxpr)
+    with_kernel = [path for path, call in calls.items() if call.kernel_shape is not None]
+    sizes = _sizes_by_owner(variables, calls)
+    return Complexity(
+        layers=tuple(
+            _layer(path, call, sizes[path], activation_bits.get(path, float(FLOAT_BITS)), with_kernel)
+            for path, call in calls.items()
+            if path in sizes
+        )
+    )
+
+
+@contextlib.contextmanager
+def _noting_calls(calls: dict[str, _Call]) -> Iterator[None]:
+    """Notes every module called inside, and marks quantized values and inputs of layers in the traced program."""
+
+    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name != "__call__":
+            return next_function(*args, **kwargs)
+        module, path = context.module, "/".join(context.module.path)
+        if not isinstance(module, (ActQuantizer, WeightQuantizer)):
+            # Noted before the call, so that the order is that of the calls and not that of the returns.
+            calls.setdefault(path, _Call(module, _kind(module), None, (), 0))
+        output = next_function(*args, **kwargs)
+        if isinstance(module, ActQuantizer):
+            return _marked(output, module)
+        if path in calls and isinstance(output, jax.Array):
+            _note(calls[path], args[0].shape, output.shape)
+        return output
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def _marked(output: jax.Array, quantizer: ActQuantizer) -> jax.Array:
+    """The quantizer's output, named after its bits and, inside a layer, after the layer that reads it."""
+    if quantizer.bits < FLOAT_BITS:
+        output = checkpoint_name(output, f"bits:{quantizer.bits}")
+    if isinstance(quantizer.parent, (QuantConv, QuantDense)):
+        output = checkpoint_name(output, "read by:" + "/".join(quantizer.parent.path))
+    return output
+
+
+def _kind(module: nn.Module) -> str:
+    for known, name in ((QuantConv, "conv"), (QuantDense, "dense"), (BatchNorm, "batch_norm")):
+        if isinstance(module, known):
+            return name
+    return type(module).__name__
+
+
+def _note(call: _Call, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> None:
+    """Adds shapes and MACs of one call; a module called twice costs twice the MACs."""
+    call.output_shape = output_shape[1:]
+    if call.kind == "conv":
+        inputs = input_shape[-1] // call.module.groups
+        call.kernel_shape = (*call.module.kernel_size, inputs, call.module.features)
+    elif call.kind == "dense":
+        call.kernel_shape = (input_shape[-1], call.module.features)
+    if call.kernel_shape is not None:
+        # Every output number takes one multiply-accumulate per weight of its filter.
+        call.macs += math.prod(call.output_shape) * math.prod(call.kernel_shape[:-1])
+
+
+def activation_bits_of_layers(jaxpr: Any) -> dict[str, float]:
+    """Bits of the values each layer multiplies its kernel with.
+
+    The marks of ``_marked`` are followed through the traced program: values of an activation quantizer have its bits,
+    and keep them through operations that only move values or choose among them (reshaping, max pooling, ...); whatever
+    else computes on them makes them 32-bit again. So a layer behind a BatchNorm behind a quantizer reads 32 bits: it
+    takes 2**bits values per channel, but on a grid of its own in every channel, which no product of integers can use.
+    The zeros of the padding are not counted as a further value.
+
+    Args:
+      jaxpr: closed jaxpr of the network with the marks.
+
+    Returns:
+      Bits by path of the layer.
+    """
+    found: dict[str, float] = {}
+    _follow_bits(jaxpr.jaxpr, [float(FLOAT_BITS)] * len(jaxpr.jaxpr.invars), found)
+    return found
+
+
+def _follow_bits(jaxpr: Any, input_bits: list[float], found: dict[str, float]) -> list[float]:
+    """Bits of the outputs of a jaxpr, given those of its inputs; fills ``found`` on the way."""
+    bits_of = dict(zip(jaxpr.invars, input_bits, strict=True))
+
+    def read(variable: Any) -> float:
+        return float(FLOAT_BITS) if hasattr(variable, "val") else bits_of.get(variable, float(FLOAT_BITS))
+
+    for equation in jaxpr.eqns:
+        operands = [read(variable) for variable in equation.invars]
+        results = [float(FLOAT_BITS)] * len(equation.outvars)
+        inner = _inner_jaxpr(equation)
+        if equation.primitive.name == "name":
+            kind, _, text = equation.params["name"].partition(":")
+            if kind == "read by":
+                found[text] = max(operands[0], found.get(text, 0.0))
+            results = [float(text) if kind == "bits" else operands[0]]
+        elif inner is not None:
+            results = _follow_bits(inner, operands, found)
+        elif equation.primitive.name in VALUE_PRESERVING:
+            results = [operands[0]]
+        bits_of.update(zip(equation.outvars, results, strict=True))
+    return [read(variable) for variable in jaxpr.outvars]
+
+
+def _inner_jaxpr(equation: Any) -> Any:
+    """The program of a nested call (jit, remat, custom derivatives) with the call's own inputs, or None."""
+    for name in ("jaxpr", "call_jaxpr"):
+        inner = equation.params.get(name)
+        inner = getattr(inner, "jaxpr", inner)
+        if inner is not None and len(inner.invars) == len(equation.invars):
+            return inner if len(inner.outvars) == len(equation.outvars) else None
+    return None
+
+
+@dataclasses.dataclass
+class _Sizes:
+    """Numbers stored for one module: its latent kernel, its other parameters, its running statistics."""
+
+    kernel: int = 0
+    other_parameters: int = 0
+    statistics: int = 0
+
+
+def _sizes_by_owner(variables: Mapping[str, Any], calls: Mapping[str, _Call]) -> dict[str, _Sizes]:
+    """Sizes by the innermost noted module a variable lies in; those of a layer's quantizers are the layer's own."""
+    owners: dict[str, _Sizes] = {}
+    for collection in ("params", "batch_stats"):
+        for path, value in flax.traverse_util.flatten_dict(variables.get(collection, {})).items():
+            prefixes = ["/".join(path[:length]) for length in range(len(path) - 1, -1, -1)]
+            owner = next(prefix for prefix in prefixes if prefix in calls)
+            sizes = owners.setdefault(owner, _Sizes())
+            size = math.prod(value.shape)
+            if collection == "batch_stats":
+                sizes.statistics += size
+            elif "/".join(path) == f"{owner}/kernel":
+                sizes.kernel += size
+            else:
+                sizes.other_parameters += size
+    return owners
+
+
+def _layer(path: str, call: _Call, sizes: _Sizes, activation_bits: float, with_kernel: list[str]) -> LayerComplexity:
+    weights = math.prod(call.kernel_shape) if call.kernel_shape else 0
+    weight_bits = float(FLOAT_BITS)
+    if call.kernel_shape:
+        # A copy outside the network, only to be asked.
+        weight_bits = call.module.weight_quantizer(parent=None).stored_bits
+    quantized = weight_bits < FLOAT_BITS
+    floats = sizes.other_parameters + sizes.statistics + (0 if quantized else sizes.kernel)
+    return LayerComplexity(
+        path=path,
+        kind=call.kind,
+        kernel_shape=call.kernel_shape,
+        output_shape=call.output_shape,
+        parameters=sizes.kernel + sizes.other_parameters,
+        weights=weights,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        macs=call.macs,
+        quantized=quantized,
+        full_precision_because="" if quantized else _reason(path, call.kind, with_kernel),
+        quantized_bits=round(weight_bits * weights) if quantized else 0,
+        codebook_bits=0,
+        full_precision_bits=FLOAT_BITS * floats,
+    )
+
+
+def _reason(path: str, kind: str, with_kernel: list[str]) -> str:
+    """Why a layer is not quantized, from its place in the network."""
+    if kind == "batch_norm":
+        return "batch norm"
+    if path not in with_kernel:
+        return "no kernel"
+    if path == with_kernel[0]:
+        return "first layer"
+    if kind == "dense" and path == with_kernel[-1]:
+        return "classifier"
+    if path.rpartition("/")[2].startswith(("downsample", "shortcut")):
+        return "shortcut"
+    return "no quantizer"

@@ -1,0 +1,107 @@
+"""Which levels the weights of trained quantized layers really take: the size a table of levels in use would need."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnn_jax.layers.conv import QuantConv, QuantDense
+from bnn_jax.quantizers.base import QuantContext, WeightQuantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelCounts:
+    """How often the weights of one layer take each level.
+
+    Attributes:
+      levels: (L,) float32, increasing, before the layer's scale.
+      counts: (L,) int, number of weights on each level; 0 for a level not in use.
+      masked: number of weights a pruning mask has taken out; they are counted on the level they ended on.
+    """
+
+    levels: np.ndarray
+    counts: np.ndarray
+    masked: int
+
+
+class LevelUse(NamedTuple):
+    """Levels of one layer that at least one weight takes.
+
+    Attributes:
+      levels: their number.
+      bits: ceil(log2(levels)), the bits of an index into them.
+    """
+
+    levels: int
+    bits: int
+
+
+def level_counts(
+    network: nn.Module, variables: Mapping[str, Any], *, image_shape: tuple[int, int, int]
+) -> dict[str, LevelCounts]:
+    """Counts the weights on each level, layer by layer, by the weight quantizers' ``encode``.
+
+    The network is traced, not run: only the weights are computed with.
+
+    Args:
+      network: (images, QuantContext) -> NetworkOutput.
+      variables: trained variables of the network (params, batch_stats, quant_state).
+      image_shape: (H, W, C) of the images it reads.
+
+    Returns:
+      Counts by path of the layer ('layer1_0/conv1'), in the order of the calls, without layers of real-valued weights.
+    """
+    found: dict[str, LevelCounts] = {}
+
+    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        # The quantizer a layer owns, not one inside another quantizer.
+        of_layer = isinstance(module, WeightQuantizer) and isinstance(module.parent, (QuantConv, QuantDense))
+        if of_layer and context.method_name == "__call__":
+            with jax.ensure_compile_time_eval():
+                counts = _count(module, args[0])
+            if counts is not None:
+                found["/".join(module.parent.path)] = counts
+        return next_function(*args, **kwargs)
+
+    # The variables are constants of the traced function, so that they can be computed with while the images cannot.
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(interceptor):
+        jax.eval_shape(lambda images: network.apply(variables, images, QuantContext(train=False)), images)
+    return found
+
+
+def _count(quantizer: WeightQuantizer, latent: jax.Array) -> LevelCounts | None:
+    """Counts of a bound quantizer's levels, or None for real-valued weights."""
+    encoded = quantizer.encode(latent)
+    if encoded is None:
+        return None
+    counts = np.bincount(np.asarray(encoded.indices).ravel(), minlength=encoded.levels.size)
+    masked = 0
+    if quantizer.has_variable("quant_state", "mask"):
+        masked = int(np.sum(np.asarray(quantizer.get_variable("quant_state", "mask")) == 0))
+    return LevelCounts(levels=np.asarray(encoded.levels), counts=counts, masked=masked)
+
+
+def levels_in_use(
+    network: nn.Module, variables: Mapping[str, Any], *, image_shape: tuple[int, int, int]
+) -> dict[str, LevelUse]:
+    """Number of levels in use, and the bits of an index into them, by path of the layer.
+
+    A nominal k-bit layer can need fewer bits (levels that no weight takes) or more (a pruning mask adds the level 0;
+    the 1-bit rule of the ASBQ release gives integer multiples of a scale).
+
+    Args:
+      network: (images, QuantContext) -> NetworkOutput.
+      variables: trained variables of the network.
+      image_shape: (H, W, C) of the images it reads.
+    """
+    used = {
+        path: int(np.count_nonzero(counts.counts))
+        for path, counts in level_counts(network, variables, image_shape=image_shape).items()
+    }
+    return {path: LevelUse(levels=levels, bits=(levels - 1).bit_length()) for path, levels in used.items()}

@@ -1,0 +1,165 @@
+"""Costs of the published networks by value, and the rules they are counted by."""
+
+import json
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bnn_jax import networks
+from bnn_jax.layers import BatchNorm, QuantConv, QuantDense
+from bnn_jax.quantizers import QuantContext, build_act, build_weight
+from bnn_jax.report.complexity import Complexity, complexity
+from bnn_jax.stages import QuantSpec, spec
+
+CIFAR = (32, 32, 3)
+IMAGENET = (224, 224, 3)
+
+
+def low_bit(weight_bits: int, act_bits: int) -> QuantSpec:
+    return QuantSpec(weight=spec("dorefa", bits=weight_bits), act=spec("dorefa", bits=act_bits))
+
+
+def of_network(name: str, image_shape=CIFAR, num_classes=10, quant=None, **options) -> Complexity:
+    network = networks.build(spec(name, **options), quant or low_bit(4, 2), num_classes=num_classes)
+    return complexity(network, image_shape)
+
+
+def test_resnet20_by_value() -> None:
+    cost = of_network("resnet20")
+    quantized = [layer for layer in cost.layers if layer.quantized]
+    by_reason = {
+        reason: sum(layer.parameters for layer in cost.layers if layer.full_precision_because == reason)
+        for reason in ("first layer", "shortcut", "classifier", "batch norm")
+    }
+    macs = {reason: sum(x.macs for x in cost.layers if x.full_precision_because == reason) for reason in by_reason}
+    assert len(quantized) == 18
+    assert sum(layer.weights for layer in quantized) == 267_264
+    assert by_reason == {"first layer": 432, "shortcut": 512 + 2048, "classifier": 650, "batch norm": 1568}
+    assert cost.total.parameters == 267_264 + 432 + 2560 + 650 + 1568
+    assert sum(layer.macs for layer in quantized) == 40_108_032
+    assert macs == {"first layer": 442_368, "shortcut": 262_144, "classifier": 640, "batch norm": 0}
+
+
+def test_resnet20_bits_follow_the_definitions() -> None:
+    total = of_network("resnet20", quant=low_bit(4, 2)).total
+    # BatchNorm stores scale, bias, running mean and running variance: twice its parameters.
+    floats = 432 + 2560 + 650 + 2 * 1568
+    assert total.quantized_bits == 4 * 267_264
+    assert total.full_precision_bits == 32 * floats
+    assert total.stored_bits == total.quantized_bits + total.codebook_bits + total.full_precision_bits
+    assert total.bit_operations == 4 * 2 * 40_108_032
+
+
+def test_imagenet_resnet18_by_value() -> None:
+    layers = of_network("resnet18", IMAGENET, 1000).layers
+    assert sum(layer.quantized for layer in layers) == 16
+    assert sum(layer.weights for layer in layers if layer.quantized) == 10_985_472
+    assert sum(layer.weights for layer in layers if layer.full_precision_because == "shortcut") == 172_032
+    assert sum(layer.kind == "batch_norm" for layer in layers) == 20
+    assert next(layer for layer in layers if layer.path == "layer4_0/conv1").output_shape == (7, 7, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "num_classes", "parameters"),
+    [
+        ("resnet14", CIFAR, 10, 175_258),
+        ("resnet26", CIFAR, 10, 369_690),
+        ("resnet56", CIFAR, 10, 855_770),
+        ("vgg_small", CIFAR, 10, 4_660_106),
+        ("resnet34", IMAGENET, 1000, 21_796_776),
+    ],
+)
+def test_parameters_of_the_published_networks(name, image_shape, num_classes, parameters) -> None:
+    assert of_network(name, image_shape, num_classes).total.parameters == parameters
+
+
+def test_without_quantizers_everything_is_stored_in_full_precision() -> None:
+    cost = of_network("resnet8", quant=QuantSpec())
+    statistics = sum(layer.parameters for layer in cost.layers if layer.kind == "batch_norm")
+    assert cost.total.quantized_bits == cost.total.bit_operations == 0
+    assert cost.total.full_precision_bits == 32 * (cost.total.parameters + statistics)
+    reasons = {layer.full_precision_because for layer in cost.layers if layer.path.endswith("/conv2")}
+    assert reasons == {"no quantizer"}
+
+
+def test_a_mask_does_not_change_the_size() -> None:
+    pruned = QuantSpec(weight=spec("pruned", inner=spec("dorefa", bits=4), amount=0.5), act=spec("dorefa", bits=2))
+    assert of_network("resnet8", quant=pruned) == of_network("resnet8", quant=low_bit(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("block", "conv1", "conv2", "shortcut"),
+    # checkpoint: conv1 reads the sum, the shortcut the quantized values; imagenet: BatchNorm is behind the quantizer.
+    [("release", 2, 2, 32), ("checkpoint", 32, 2, 2), ("imagenet", 32, 32, 32)],
+)
+def test_activation_bits_are_those_the_layer_reads(block, conv1, conv2, shortcut) -> None:
+    bits = {layer.path: layer.activation_bits for layer in of_network("resnet8", block=block).layers}
+    found = [bits[f"layer2_0/{name}"] for name in ("conv1", "conv2", "downsample_conv")]
+    assert found == [conv1, conv2, shortcut]
+
+
+def test_activation_bits_pass_through_moves_of_values() -> None:
+    # VGG-Small's classifier reads the last quantizer's values, transposed and flattened.
+    layers = {layer.path: layer for layer in of_network("vgg_small").layers}
+    assert layers["fc"].activation_bits == 2
+    assert layers["conv0"].activation_bits == 32
+
+
+class Odd(nn.Module):
+    """A grouped convolution used twice behind max pooling of quantized values, and a parameter of its own."""
+
+    second_input: Literal["the same", "a sum"] = "the same"
+
+    @nn.compact
+    def __call__(self, x, ctx):
+        x = build_act(spec("dorefa", bits=3))(name="act")(x, ctx)
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        conv = QuantConv(4, groups=2, use_bias=True, weight_quantizer=build_weight(spec("dorefa", bits=2)), name="conv")
+        y = conv(x, ctx)
+        y = conv(x if self.second_input == "the same" else x + y, ctx)
+        y = BatchNorm(name="bn")(y, ctx) * self.param("gain", nn.initializers.ones, (1, 1, 1, 1))
+        return QuantDense(3, name="fc")(jnp.mean(y, axis=(1, 2)), ctx)
+
+
+def test_a_layer_called_twice_stores_once_and_computes_twice() -> None:
+    layers = {layer.path: layer for layer in complexity(Odd(), (8, 8, 4)).layers}
+    conv = layers["conv"]
+    assert conv.kernel_shape == (3, 3, 2, 4)
+    assert conv.output_shape == (4, 4, 4)
+    assert (conv.weights, conv.parameters) == (72, 76)
+    assert conv.macs == 2 * (4 * 4 * 4) * (3 * 3 * 2)
+    assert (conv.quantized_bits, conv.full_precision_bits) == (2 * 72, 32 * 4)
+    assert conv.activation_bits == 3
+    assert conv.bit_operations == 2 * 3 * conv.macs
+
+
+def test_the_widest_input_of_a_layer_called_twice_counts() -> None:
+    layers = {layer.path: layer for layer in complexity(Odd(second_input="a sum"), (8, 8, 4)).layers}
+    assert layers["conv"].activation_bits == 32
+
+
+def test_a_parameter_outside_any_layer_is_counted() -> None:
+    network = Odd()
+    variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), QuantContext())
+    cost = complexity(network, (8, 8, 4))
+    assert cost.total.parameters == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert next(layer for layer in cost.layers if layer.kind == "Odd").parameters == 1
+
+
+def test_json_holds_the_layers_and_their_sums() -> None:
+    cost = of_network("resnet8")
+    content = json.loads(json.dumps(cost.to_json()))
+    assert set(content["total"]) == {
+        "parameters",
+        "quantized_bits",
+        "codebook_bits",
+        "full_precision_bits",
+        "stored_bits",
+        "macs",
+        "bit_operations",
+    }
+    for name, value in content["total"].items():
+        assert value == sum(layer[name] for layer in content["layers"])

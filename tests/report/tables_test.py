@@ -1,0 +1,119 @@
+"""Tables say what the results say, leave gaps where values are missing, and fit 100 columns."""
+
+import io
+
+import pytest
+
+from bnn_jax import networks
+from bnn_jax.report import tables
+from bnn_jax.report.complexity import complexity
+from bnn_jax.stages import DataSpec, OptimSpec, QuantSpec, Stage, spec
+
+RESULT = {
+    "stage": "w1a1",
+    "bits": 1,
+    "last_top1": 81.254,
+    "best_top1": 82.5,
+    "best_epoch": 9,
+    "selection": "validation",
+    "quantized_weight_bits": 267_264,
+    "level_bits": 2,
+    "epochs": 12,
+    "images_per_second": 12_345.6,
+    "seconds": 3723.0,
+}
+
+
+def rendered(table) -> str:
+    file = io.StringIO()
+    tables.show(table, file=file)
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= tables.WIDTH
+    return text
+
+
+def row_of(text: str, start: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.strip().startswith(start)).split()
+
+
+def test_a_result_row_shows_last_before_best_and_both_sizes() -> None:
+    text = rendered(tables.results_table([RESULT]))
+    assert " ".join(row_of(text, "w1a1")) == (
+        "w1a1 1 81.25 % 82.50 % validation @10 267 kbit 535 kbit (2/w) 12 12,346 1:02:03"
+    )
+    assert "validation." in text
+
+
+def test_missing_values_of_a_result_are_dashes() -> None:
+    assert row_of(rendered(tables.results_table([{"stage": "w1a1"}])), "w1a1") == ["w1a1"] + ["-"] * 8
+
+
+def test_a_stage_row_shows_quantizers_schedule_and_origin() -> None:
+    stage = Stage(
+        name="w4a4",
+        network=spec("resnet20"),
+        quant=QuantSpec(weight=spec("pruned", inner=spec("dorefa", bits=4)), act=spec("dorefa", bits=2)),
+        data=DataSpec("cifar10"),
+        objectives=(),
+        optim=OptimSpec(spec("sgd"), spec("constant", value=0.05), epochs=3, batch_size=8),
+        init_from="stage:w8a8@best",
+        bits=4,
+    )
+    row = " ".join(row_of(rendered(tables.stages_table([stage])), "w4a4"))
+    assert row == "w4a4 4 dorefa 4 + pruned dorefa 2 3 0.05 w8a8 (best) -"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (spec("constant", value=0.1), "0.1"),
+        (spec("piecewise", boundaries=(1, 2), values=(0.1, 0.01, 0.001)), "0.1 to 0.001, 3 steps"),
+        (spec("piecewise", boundaries=(), values=(0.1,)), "0.1"),
+        (spec("cosine", initial=0.2), "0.2 to 0, cosine"),
+    ],
+)
+def test_schedules_in_a_few_words(schedule, text) -> None:
+    assert tables.describe_schedule(schedule) == text
+
+
+def test_the_widest_network_fits_with_every_reason_in_full() -> None:
+    quant = QuantSpec(weight=spec("dorefa", bits=1), act=spec("dorefa", bits=1))
+    network = networks.build(spec("resnet18"), quant, num_classes=1000)
+    text = rendered(tables.complexity_table(complexity(network, (224, 224, 3))))
+    assert row_of(text, "layer4_0/downsample_conv")[1:] == [
+        "1x1x256x512",
+        "7x7",
+        "131,072",
+        "32",
+        "32",
+        "6.42",
+        "M",
+        "-",
+        "shortcut",
+    ]
+    assert row_of(text, "total")[1] == "11,688,616"
+    assert row_of(text, "20 x batch_norm")[-2:] == ["batch", "norm"]
+    assert "11.0 Mbit quantized weights" in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0, "0 bit"),
+        (640, "640 bit"),
+        (999.6e3, "1.00 Mbit"),
+        (40_108_032, "40.1 Mbit"),
+        (1.6763e9, "1.68 Gbit"),
+    ],
+)
+def test_counts_in_units(value, text) -> None:
+    assert tables.format_si(value, "bit") == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "-"), (1.23, "1.2 s"), (59.4, "59 s"), (59.6, "1:00"), (3599.6, "1:00:00")]
+)
+def test_durations(seconds, text) -> None:
+    assert tables.format_duration(seconds) == text
