@@ -348,7 +348,7 @@ def numpy_globals() -> dict[tuple[str, str], Any]:
         sound = len(shape) <= 32 and all(type(size) is int and size >= 0 for size in shape)
         if not sound or math.prod(shape) * dtype.itemsize != len(raw):
             raise _Refused("it is damaged: an array's shape does not fit its content")
-        array.__setstate__((1, tuple(shape), dtype, bool(fortran), raw))
+        array.__setstate__((1, tuple(shape), dtype, bool(fortran), raw))  # type: ignore[arg-type]
 
     def encode(text: str, codec: str) -> bytes:
         if codec not in ("latin1", "latin-1") or type(text) is not str:

@@ -144,7 +144,7 @@ class _TorchArchive:
         order = self.record("byteorder") if f"{self._root}/byteorder" in self._records else b"little"
         if order not in (b"little", b"big"):
             raise UserError(f"byte order {shown(order.decode('latin-1'))}; accepted are little, big")
-        self._byte_order = "<" if order == b"little" else ">"
+        self._byte_order: Literal["<", ">"] = "<" if order == b"little" else ">"
 
     def record(self, name: str, size: int | None = None) -> bytes:
         """Content of a record, verified against its checksum and, where given, its size in bytes."""
