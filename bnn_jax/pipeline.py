@@ -3,6 +3,7 @@
 A finished stage is skipped, an interrupted one goes on at its step, a new one starts from what it refers to.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,9 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         variables = run.load_variables(f"stage:{stage.name}@{which or 'last'}", shapes)
         label = f"{run.checkpoints(stage)} ({which or 'last'} epoch)"
     devices = all_devices()
-    evaluator = make_evaluator(run, network, run.load_data(stage), devices)
+    # One training image: evaluation needs none, and decoding them all takes most of the time.
+    only_test = dataclasses.replace(stage, data=dataclasses.replace(stage.data, num_train=1, validation_fraction=0.0))
+    evaluator = make_evaluator(run, network, run.load_data(only_test), devices)
     result = evaluator(devices.replicate(variables), "test")
     assert result is not None  # only asked to stop could it be
     return {**result, "stage": stage.name, "checkpoint": label}

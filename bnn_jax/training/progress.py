@@ -43,7 +43,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, *, step: int, epoch: int, images_per_second: float, loss: float, top1: float) -> None:
-        """Shows the state after ``step`` optimiser steps; ``loss`` and ``top1`` (percent) are means of the epoch so far."""
+        """Shows the state after ``step`` steps; ``loss`` and ``top1`` (percent) are means of the epoch so far."""
         self.step = step
         status = f"epoch {epoch + 1}/{self.epochs}  {images_per_second:,.0f} img/s  loss {loss:.3f}  top-1 {top1:.1f} %"
         if self._bar is not None:

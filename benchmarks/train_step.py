@@ -1,0 +1,175 @@
+"""Speed of the training step: images/s per bit width, compilation, and what our loop costs over a bare jitted step.
+
+    python benchmarks/train_step.py [--network=resnet20] [--batch_size=128] [--steps=8] [--rounds=3] [--bits=32,8,4,2,1]
+
+Both sides run in this process in turn (loop, bare, loop, bare, ...) on the same network and batch size; the ratio is the
+median over the rounds of their times, pair by pair, so that it holds when the machine's speed drifts. The bare step is
+forward, backward and optimiser on one fixed float batch: no gathering, no augmentation, no mask, no metrics, no progress.
+The last line is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bnn_jax import run_folder
+from bnn_jax.assembly import Run, assemble, initial_variables, make_evaluator
+from bnn_jax.config import validate
+from bnn_jax.quantizers import QuantContext
+from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.training.devices import all_devices
+from bnn_jax.training.interrupt import StopRequest
+from bnn_jax.training.loop import EpochClock, LoopOptions, StageLoop
+from bnn_jax.training.progress import Progress
+from configs import asbq_resnet20
+
+
+def make_run(options: argparse.Namespace, bits: int, folder: Path) -> Run:
+    """A one-stage run of the given bit width on generated 32x32 images."""
+    config = asbq_resnet20.get_config("smoke")
+    config.network = options.network
+    config.train.compute_dtype = options.compute_dtype
+    config.train.batch_size = options.batch_size
+    config.data.num_train = min(512, options.batch_size * options.steps)
+    config.data.num_eval = 8
+    config.asbq.bits = (bits,)
+    config.asbq.learning_rates = (0.01,)
+    return Run(validate(config.to_dict()), folder)
+
+
+def bare_step(network: Any, optimizer: Any):
+    """A jitted step as one would write it by hand: forward, backward, optimiser."""
+
+    def step(params, other, opt_state, images, labels):
+        def loss_function(params):
+            output, updates = network.apply(
+                {"params": params, **other}, images, QuantContext(train=True), mutable=["batch_stats", "quant_state"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(output.logits, labels).mean(), updates
+
+        (_, updates), grads = jax.value_and_grad(loss_function, has_aux=True)(params)
+        changes, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, changes), {**other, **updates}, opt_state
+
+    return jax.jit(step, donate_argnums=(0, 1, 2))
+
+
+class LoopSide:
+    """Our loop: epochs of ``steps`` steps, with gathering, augmentation, mask, metrics and progress."""
+
+    def __init__(self, run: Run, folder: Path):
+        stage = run.stages[0]
+        self.assembly = assemble(run, stage, run.load_data(stage))
+        devices = all_devices()
+        self.loop = StageLoop(
+            stage,
+            self.assembly.parts,
+            schedule=self.assembly.schedule,
+            source=self.assembly.source,
+            teacher={},
+            evaluator=make_evaluator(run, self.assembly.network, self.assembly.source, devices),
+            store=CheckpointStore(folder / "checkpoints"),
+            metrics_path=folder / "metrics.jsonl",
+            options=LoopOptions(checkpoint_seconds=1e9),
+            devices=devices,
+        )
+        self.variables = initial_variables(run, self.assembly)
+        self.state = self.assembly.create_state(self.variables, devices)
+        self.epoch = 0
+
+    def run(self) -> tuple[float, int]:
+        """Seconds and images of one epoch."""
+        progress = Progress("benchmark", total_steps=10**9, start_step=0, epochs=10**6)
+        started = time.perf_counter()
+        clock = EpochClock()
+        self.state = self.loop._train_epoch(self.state, self.epoch, clock, progress, StopRequest())
+        jax.block_until_ready(self.state.params)
+        self.epoch += 1
+        return time.perf_counter() - started, clock.images
+
+
+class BareSide:
+    """The bare step on one fixed batch."""
+
+    def __init__(self, loop_side: LoopSide, batch_size: int):
+        assembly = loop_side.assembly
+        size, _, channels = assembly.source.image_shape
+        self.images = jax.random.normal(jax.random.key(0), (batch_size, size, size, channels))
+        self.labels = jnp.arange(batch_size) % assembly.source.num_classes
+        variables = jax.tree.map(jnp.array, loop_side.variables)
+        self.other = {name: value for name, value in variables.items() if name != "params"}
+        self.params = variables["params"]
+        self.opt_state = assembly.parts.optimizer.init(self.params)
+        self.step = bare_step(assembly.network, assembly.parts.optimizer)
+
+    def run(self, steps: int) -> float:
+        """Seconds of ``steps`` steps."""
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.params, self.other, self.opt_state = self.step(
+                self.params, self.other, self.opt_state, self.images, self.labels
+            )
+        jax.block_until_ready(self.params)
+        return time.perf_counter() - started
+
+
+def measure(options: argparse.Namespace, bits: int) -> dict[str, Any]:
+    """Throughput, compilation and ratio for one bit width."""
+    with tempfile.TemporaryDirectory() as folder:
+        loop_side = LoopSide(make_run(options, bits, Path(folder)), Path(folder))
+        steps = loop_side.loop.steps_per_epoch
+        first_seconds, _ = loop_side.run()
+        bare_side = BareSide(loop_side, options.batch_size)
+        bare_side.run(1)
+        pairs = []
+        for _ in range(options.rounds):
+            seconds, images = loop_side.run()
+            pairs.append((seconds, bare_side.run(steps), images))
+    loop_seconds = statistics.median(pair[0] for pair in pairs)
+    return {
+        "bits": bits,
+        "images_per_second": round(pairs[0][2] / loop_seconds, 1),
+        "milliseconds_per_step": round(1000 * loop_seconds / steps, 1),
+        "compile_seconds": round(first_seconds - loop_seconds, 1),
+        "compiled_programs": loop_side.loop.run_steps._cache_size(),
+        "loop_over_bare": round(statistics.median(a / b for a, b, _ in pairs), 3),
+    }
+
+
+def main() -> None:
+    """Measures every bit width and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet20")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4, help="steps per round; at most 512 images in all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bits", default="32,8,4,2,1")
+    parser.add_argument("--compute_dtype", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args()
+    rows = []
+    print(f"{'bits':>4} {'images/s':>10} {'ms/step':>9} {'compile s':>10} {'programs':>9} {'loop/bare':>10}")
+    for bits in map(int, options.bits.split(",")):
+        row = measure(options, bits)
+        rows.append(row)
+        print(
+            f"{row['bits']:>4} {row['images_per_second']:>10} {row['milliseconds_per_step']:>9} "
+            f"{row['compile_seconds']:>10} {row['compiled_programs']:>9} {row['loop_over_bare']:>10}",
+            flush=True,
+        )
+    device = jax.devices()[0]
+    print(json.dumps({**vars(options), "rows": rows, "device": device.device_kind, **run_folder.provenance()}))
+
+
+if __name__ == "__main__":
+    main()
