@@ -16,6 +16,7 @@ Definitions, the same for every network and method:
 - activation bits: those of the values a layer really multiplies, see ``activation_bits_of_layers``.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -27,10 +28,12 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from rich.table import Table
 
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.quantizers.base import ActQuantizer, QuantContext, WeightQuantizer
+from bnn_jax.report import tables
 
 FLOAT_BITS = 32
 
@@ -132,6 +135,10 @@ class Complexity:
             {**dataclasses.asdict(layer), **{name: getattr(layer, name) for name in sums}} for layer in self.layers
         ]
         return {"layers": layers, "total": dataclasses.asdict(self.total)}
+
+    def table(self) -> Table:
+        """A row for each layer with weights, one for each kind of other module, and the total."""
+        return _table(self)
 
 
 @dataclasses.dataclass
@@ -284,11 +291,12 @@ class _Sizes:
     statistics: int = 0
 
 
-def _sizes_by_owner(variables: Mapping[str, Any], calls: Mapping[str, _Call]) -> dict[str, _Sizes]:
+def _sizes_by_owner(variables: Any, calls: Mapping[str, _Call]) -> dict[str, _Sizes]:
     """Sizes by the innermost noted module a variable lies in; those of a layer's quantizers are the layer's own."""
     owners: dict[str, _Sizes] = {}
     for collection in ("params", "batch_stats"):
-        for path, value in flax.traverse_util.flatten_dict(variables.get(collection, {})).items():
+        flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(variables.get(collection, {}))
+        for path, value in flat.items():
             prefixes = ["/".join(path[:length]) for length in range(len(path) - 1, -1, -1)]
             owner = next(prefix for prefix in prefixes if prefix in calls)
             sizes = owners.setdefault(owner, _Sizes())
@@ -341,3 +349,49 @@ def _reason(path: str, kind: str, with_kernel: list[str]) -> str:
     if path.rpartition("/")[2].startswith(("downsample", "shortcut")):
         return "shortcut"
     return "no quantizer"
+
+
+def _table(complexity: Complexity) -> Table:
+    table = tables.new_table("Complexity", caption=_caption(complexity))
+    table.add_column("layer", no_wrap=True)
+    for name in ("kernel", "output", "parameters", "W\nbit", "A\nbit", "MACs", "bit\nops"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why 32 bit", no_wrap=True)
+    others: dict[str, list[LayerComplexity]] = collections.defaultdict(list)
+    for layer in complexity.layers:
+        if layer.kernel_shape is None:
+            others[layer.kind].append(layer)
+            continue
+        table.add_row(
+            layer.path,
+            "x".join(map(str, layer.kernel_shape)),
+            "x".join(map(str, layer.output_shape[:-1] or layer.output_shape)),
+            f"{layer.parameters:,}",
+            tables.format_number(layer.weight_bits),
+            tables.format_number(layer.activation_bits),
+            tables.format_si(layer.macs),
+            tables.format_si(layer.bit_operations) if layer.quantized else tables.MISSING,
+            layer.full_precision_because,
+        )
+    for kind, layers in others.items():
+        parameters, why = sum(layer.parameters for layer in layers), layers[0].full_precision_because
+        name = f"{len(layers)} x {kind}"
+        table.add_row(
+            name, "", "", f"{parameters:,}", str(FLOAT_BITS), tables.MISSING, tables.MISSING, tables.MISSING, why
+        )
+    total = complexity.total
+    sums = (f"{total.parameters:,}", "", "", tables.format_si(total.macs), tables.format_si(total.bit_operations), "")
+    table.add_section()
+    table.add_row("total", "", "", *sums, style="bold")
+    return table
+
+
+def _caption(complexity: Complexity) -> str:
+    total = complexity.total
+    parts = {"quantized weights": total.quantized_bits, "codebooks": total.codebook_bits}
+    shown = [f"{tables.format_si(bits, 'bit')} {name}" for name, bits in parts.items() if bits]
+    shown.append(f"{tables.format_si(total.full_precision_bits, 'bit')} floats (BatchNorm statistics included)")
+    return (
+        f"stored: {tables.format_si(total.stored_bits, 'bit')} = {' + '.join(shown)}. "
+        "bit ops: W bit x A bit x MACs of the quantized layers."
+    )

@@ -41,7 +41,7 @@ class LevelUse(NamedTuple):
 
 
 def level_counts(
-    network: nn.Module, variables: Mapping[str, Any], *, image_shape: tuple[int, int, int]
+    network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
 ) -> dict[str, LevelCounts]:
     """Counts the weights on each level, layer by layer, by the weight quantizers' ``encode``.
 
@@ -65,7 +65,7 @@ def level_counts(
             with jax.ensure_compile_time_eval():
                 counts = _count(module, args[0])
             if counts is not None:
-                found["/".join(module.parent.path)] = counts
+                found["/".join(module.path[:-1])] = counts
         return next_function(*args, **kwargs)
 
     # The variables are constants of the traced function, so that they can be computed with while the images cannot.
@@ -75,7 +75,7 @@ def level_counts(
     return found
 
 
-def _count(quantizer: WeightQuantizer, latent: jax.Array) -> LevelCounts | None:
+def _count(quantizer: Any, latent: jax.Array) -> LevelCounts | None:
     """Counts of a bound quantizer's levels, or None for real-valued weights."""
     encoded = quantizer.encode(latent)
     if encoded is None:
@@ -88,7 +88,7 @@ def _count(quantizer: WeightQuantizer, latent: jax.Array) -> LevelCounts | None:
 
 
 def levels_in_use(
-    network: nn.Module, variables: Mapping[str, Any], *, image_shape: tuple[int, int, int]
+    network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
 ) -> dict[str, LevelUse]:
     """Number of levels in use, and the bits of an index into them, by path of the layer.
 
@@ -102,6 +102,6 @@ def levels_in_use(
     """
     used = {
         path: int(np.count_nonzero(counts.counts))
-        for path, counts in level_counts(network, variables, image_shape=image_shape).items()
+        for path, counts in level_counts(network, variables, image_shape).items()
     }
     return {path: LevelUse(levels=levels, bits=(levels - 1).bit_length()) for path, levels in used.items()}

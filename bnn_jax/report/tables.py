@@ -1,31 +1,39 @@
-"""Tables for the terminal: the chain before training, its results, the cost of a network. All fit 100 columns."""
+"""Tables for the terminal: the chain before training, its results, and what other tables need. All fit 100 columns."""
 
-import collections
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bnn_jax.report.complexity import FLOAT_BITS, Complexity, LayerComplexity
-from bnn_jax.stages import Spec, Stage, parse_reference
+from bnn_jax.stages import IDENTITY, Spec, Stage, parse_reference
 
 WIDTH = 100
 MISSING = "-"
+RESULTS_CAPTION = (
+    "top-1 last: test images, after the last epoch. top-1 best: the images named above, which also chose the epoch "
+    "(@, from 1). weights: the quantized ones, at their nominal bits, and by levels at ceil(log2(levels in use)) of "
+    "the layer with the most. whole model: nominal bits and all floats."
+)
 
 
-def show(table: Table, *, file: IO[str] | None = None) -> None:
+def show(table: Table, *, file: TextIO | None = None) -> None:
     """Prints a table to ``file`` (standard output by default), 100 columns wide where that is no terminal."""
-    file = file or sys.stdout
-    Console(file=file, width=None if file.isatty() else WIDTH, highlight=False).print(table)
+    target: TextIO = sys.stdout if file is None else file
+    Console(file=target, width=None if target.isatty() else WIDTH, highlight=False).print(table)
+
+
+def new_table(title: str, caption: str | None = None) -> Table:
+    """An empty table in the common style."""
+    return Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def stages_table(stages: Sequence[Stage]) -> Table:
     """The chain before training, one row a stage: bits, quantizers, epochs, learning rate, where it starts from."""
-    table = _table("Stages")
+    table = new_table("Stages")
     for name in ("stage", "bits", "weights", "activations", "epochs", "learning rate", "starts from", "teacher"):
         table.add_column(name, justify="right" if name in ("bits", "epochs") else "left")
     for stage in stages:
@@ -48,8 +56,11 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     Args:
       results: contents of the stages' ``result.json``.
     """
-    table = _table("Results", caption=_results_caption(results))
-    headers = ("top-1\nlast", "top-1\nbest", "size", "size by\nlevels in use", "epochs", "images/s", "time")
+    selections = sorted({str(result["selection"]) for result in results if result.get("selection")})
+    table = new_table("Results", caption=RESULTS_CAPTION)
+    sizes = ("weights", "weights\nby levels", "whole\nmodel")
+    best = f"top-1 best\non {'/'.join(selections)}" if selections else "top-1\nbest"
+    headers = ("top-1\nlast", best, *sizes, "epochs", "images/s", "time")
     for header in ("stage", "bits", *headers):
         table.add_column(header, justify="left" if header == "stage" else "right", no_wrap=header != "stage")
     for result in results:
@@ -60,45 +71,12 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
             _percent(result.get("last_top1")),
             _best(result),
             format_si(result.get("quantized_weight_bits") or None, "bit"),
-            _size_by_levels(result),
+            format_si(_bits_by_levels(result), "bit"),
+            format_si(result.get("stored_bits"), "bit"),
             format_number(result.get("epochs")),
             MISSING if rate is None else f"{rate:,.0f}",
             format_duration(result.get("seconds")),
         )
-    return table
-
-
-def complexity_table(complexity: Complexity) -> Table:
-    """Cost of a network: a row for each layer with weights, one for each kind of other module, and the total."""
-    table = _table("Complexity", caption=_complexity_caption(complexity))
-    table.add_column("layer", no_wrap=True)
-    for name in ("kernel", "output", "parameters", "W\nbit", "A\nbit", "MACs", "bit\nops"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why 32 bit", no_wrap=True)
-    others: dict[str, list[LayerComplexity]] = collections.defaultdict(list)
-    for layer in complexity.layers:
-        if layer.kernel_shape is None:
-            others[layer.kind].append(layer)
-            continue
-        table.add_row(
-            layer.path,
-            "x".join(map(str, layer.kernel_shape)),
-            "x".join(map(str, layer.output_shape[:-1] or layer.output_shape)),
-            f"{layer.parameters:,}",
-            format_number(layer.weight_bits),
-            format_number(layer.activation_bits),
-            format_si(layer.macs),
-            format_si(layer.bit_operations) if layer.quantized else MISSING,
-            layer.full_precision_because,
-        )
-    for kind, layers in others.items():
-        parameters, why = sum(layer.parameters for layer in layers), layers[0].full_precision_because
-        name = f"{len(layers)} x {kind}"
-        table.add_row(name, "", "", f"{parameters:,}", str(FLOAT_BITS), MISSING, MISSING, MISSING, why)
-    total = complexity.total
-    sums = (f"{total.parameters:,}", "", "", format_si(total.macs), format_si(total.bit_operations), "")
-    table.add_section()
-    table.add_row("total", "", "", *sums, style="bold")
     return table
 
 
@@ -107,8 +85,8 @@ def describe_quantizer(spec: Spec) -> str:
     options = spec.kwargs
     inner = options.get("inner")
     if isinstance(inner, Spec):
-        return f"{describe_quantizer(inner)} + {spec.name}"
-    if spec.name == "identity":
+        return spec.name if inner == IDENTITY else f"{describe_quantizer(inner)} + {spec.name}"
+    if spec == IDENTITY:
         return MISSING
     return f"{spec.name} {format_number(options['bits'])}" if "bits" in options else spec.name
 
@@ -167,43 +145,17 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _table(title: str, caption: str | None = None) -> Table:
-    return Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
 def _percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f} %"
 
 
 def _best(result: Mapping[str, Any]) -> str:
-    """Best top-1 with the split that chose it and the epoch, counted from 1."""
-    if result.get("best_top1") is None:
-        return MISSING
-    text = f"{_percent(result['best_top1'])} {result.get('selection') or ''}".rstrip()
-    return text if result.get("best_epoch") is None else f"{text} @{result['best_epoch'] + 1}"
+    """Best top-1 with its epoch, counted from 1."""
+    epoch = result.get("best_epoch")
+    return _percent(result.get("best_top1")) + ("" if epoch is None else f" @{epoch + 1}")
 
 
-def _size_by_levels(result: Mapping[str, Any]) -> str:
+def _bits_by_levels(result: Mapping[str, Any]) -> float | None:
     """Size if every weight is an index into its layer's levels in use; the widest index is taken for all layers."""
     bits, nominal, used = result.get("bits"), result.get("quantized_weight_bits"), result.get("level_bits")
-    if not bits or not nominal or used is None:
-        return MISSING
-    return f"{format_si(nominal / bits * used, 'bit')} ({format_number(used)}/w)"
-
-
-def _results_caption(results: Iterable[Mapping[str, Any]]) -> str:
-    chosen = sorted({str(result["selection"]) for result in results if result.get("selection")})
-    text = "top-1 last: test images, after the last epoch."
-    if chosen:
-        text += f" top-1 best: the split it names, which also chose the epoch (@, from 1): {', '.join(chosen)}."
-    return text + " size: all quantized weights, at the nominal bits and at ceil(log2(levels in use))."
-
-
-def _complexity_caption(complexity: Complexity) -> str:
-    total = complexity.total
-    codebooks = f" + {format_si(total.codebook_bits, 'bit')} codebooks" if total.codebook_bits else ""
-    return (
-        f"stored: {format_si(total.stored_bits, 'bit')} = {format_si(total.quantized_bits, 'bit')} quantized weights"
-        f"{codebooks} + {format_si(total.full_precision_bits, 'bit')} floats (BatchNorm statistics included). "
-        "bit ops: W bit x A bit x MACs of the quantized layers."
-    )
+    return nominal / bits * used if bits and nominal and used is not None else None
