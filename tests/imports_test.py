@@ -1,0 +1,123 @@
+"""Imports point one way: a module imports from its own package or from a layer below, never from one above or beside.
+
+The source is parsed, not run, so imports inside functions count too.
+"""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Layer of every module or package directly below bnn_jax; higher may import lower. A new one has to be given its place.
+LAYERS = {
+    "errors": 0,
+    "stages": 0,
+    "restricted_pickle": 1,
+    "ops": 1,
+    "quantizers": 2,
+    "layers": 3,
+    "networks": 4,
+    "objectives": 4,
+    "data": 4,
+    "training": 5,
+    "search": 5,
+    "deploy": 6,
+    "report": 6,
+    "methods": 6,
+    "config": 7,
+    "pipeline": 8,
+}
+# What a package may import of the library, where that is less than everything below it.
+ONLY = {
+    "errors": set(),
+    "stages": set(),
+    "ops": set(),
+    "methods": {"stages", "errors"},
+    "search": {"stages", "errors"},
+    "data": {"stages", "errors", "restricted_pickle"},
+}
+# What it may import from elsewhere besides the standard library, where that is restricted.
+OUTSIDE = {
+    "errors": set(),
+    "stages": set(),
+    "restricted_pickle": {"numpy"},
+    "ops": {"jax"},
+    "methods": {"ml_collections"},
+    "search": {"numpy"},
+}
+# Never needed at run time.
+FORBIDDEN = {"tensorflow", "torch", "tests", "configs"}
+
+PACKAGE = ROOT / "bnn_jax"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part_of(path: pathlib.Path) -> str:
+    """The module or package directly below bnn_jax a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(source: str, package: list[str]) -> set[str]:
+    """Full dotted names a module imports; ``package`` is what its relative imports start from."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            names.update(f"{module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def violations(part: str, names: set[str]) -> list[str]:
+    """What a file of ``part`` imports against the rules."""
+    found = []
+    for name in sorted(names):
+        top, *rest = name.split(".")
+        if top == "bnn_jax":
+            target = rest[0] if rest and rest[0] in LAYERS else None
+            # 'from bnn_jax import __version__' names no part.
+            if target is None or target == part:
+                continue
+            if LAYERS[target] >= LAYERS[part] or target not in ONLY.get(part, LAYERS):
+                found.append(f"{part} imports {name}")
+        elif top in FORBIDDEN or (part in OUTSIDE and top not in OUTSIDE[part] and top not in sys.stdlib_module_names):
+            found.append(f"{part} imports {name}")
+    return found
+
+
+def test_every_part_of_the_package_has_its_layer() -> None:
+    unknown = {part_of(path) for path in MODULES} - set(LAYERS)
+    assert not unknown, f"bnn_jax/{sorted(unknown)}: give it a layer in LAYERS of {__file__}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: pathlib.Path) -> None:
+    package = ["bnn_jax", *path.relative_to(PACKAGE).parts[:-1]]
+    assert violations(part_of(path), imported_names(path.read_text(), package)) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("ops", "from bnn_jax.quantizers import base"),
+        ("ops", "import flax.linen as nn"),
+        ("objectives", "from bnn_jax import networks"),
+        ("networks", "def f():\n    from bnn_jax.objectives import build"),
+        ("data", "from bnn_jax.training.state import TrainState"),
+        ("methods", "import jax.numpy as jnp"),
+        ("networks", "from bnn_jax.methods import METHODS"),
+        ("training", "from ..pipeline import run"),
+        ("report", "import tensorflow as tf"),
+    ],
+)
+def test_a_wrong_import_is_found(part: str, source: str) -> None:
+    assert violations(part, imported_names(source, ["bnn_jax", part]))
+
+
+def test_relative_imports_inside_a_package_are_allowed() -> None:
+    assert violations("training", imported_names("from .state import TrainState", ["bnn_jax", "training"])) == []
