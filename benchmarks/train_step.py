@@ -2,10 +2,10 @@
 
     python benchmarks/train_step.py [--network=resnet20] [--batch_size=128] [--steps=8] [--rounds=3] [--bits=32,8,4,2,1]
 
-Both sides run in this process in turn (loop, bare, loop, bare, ...) on the same network and batch size; the ratio is the
-median over the rounds of their times, pair by pair, so that it holds when the machine's speed drifts. The bare step is
-forward, backward and optimiser on one fixed float batch: no gathering, no augmentation, no mask, no metrics, no progress.
-The last line is one JSON object.
+Both sides run in this process in turn (loop, bare, loop, bare, ...) on the same network and batch size; the ratio is
+the median over the rounds of their times, pair by pair, so that it holds when the machine's speed drifts. The bare step
+is forward, backward and optimiser on one fixed float batch: no gathering, no augmentation, no mask, no metrics, no
+progress. The last line is one JSON object.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bnn_jax import data, methods, networks, objectives, run_folder
 from bnn_jax.data.augment import prepare_eval, prepare_train
@@ -211,7 +212,7 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
         batch_size=min(stage.optim.batch_size, len(source.train)),
         drop_last=False,
     )
-    images = prepare_eval(source.train.images[indices[0]], mean=source.mean, std=source.std)
+    images = prepare_eval(jnp.asarray(source.train.images[indices[0]]), mean=source.mean, std=source.std)
     variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images)
     if stage.init_from is not None:
         _, copied = run.referenced(stage.init_from, source=source, default=stage)

@@ -109,9 +109,10 @@ def _describe_illegal_value(message: str, config: ConfigDict) -> str:
     if not name.startswith("config."):
         return f"command line: {message}"
     *sections, key = name.removeprefix("config.").split(".")
+    place: Any = config
     for section in sections:
-        config = config[section]
-    return f"{message.removeprefix('flag ')}: accepted is {config.get_type(key).__name__}"
+        place = place[section]
+    return f"{message.removeprefix('flag ')}: accepted is {place.get_type(key).__name__}"
 
 
 def one_line(error: BaseException) -> str:

@@ -19,19 +19,19 @@ class Key:
     """What a config key accepts.
 
     Attributes:
-      type: int, float, str, bool or tuple.
+      kind: int, float, str, bool or tuple.
       accepted: the values, or a test with its description.
       item: type of the items of a tuple.
       optional: whether None is accepted (and means: as the preset or the data set says).
     """
 
-    type: type
-    accepted: tuple[Any, ...] | tuple[str, Callable[[Any], bool]] | None = None
+    kind: type
+    accepted: tuple[Any, ...] | None = None
     item: type | None = None
     optional: bool = False
 
 
-def _range(description: str, test: Callable[[Any], bool]) -> tuple[str, Callable[[Any], bool]]:
+def _range(description: str, test: Callable[[Any], bool]) -> tuple[Any, ...]:
     return (description, test)
 
 
@@ -164,12 +164,12 @@ def _check(key: str, value: Any, rule: Key) -> Any:
         if rule.optional:
             return None
         raise UserError(f"config.{key} is empty: accepted is {_describe(rule)}")
-    if rule.type is tuple:
+    if rule.kind is tuple:
         if not isinstance(value, (tuple, list)):
             raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
         value = tuple(_number(key, item, rule.item, rule) for item in value)
     else:
-        value = _number(key, value, rule.type, rule)
+        value = _number(key, value, rule.kind, rule)
     if rule.accepted is not None and not _accepts(rule.accepted, value):
         raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
     return value
@@ -187,12 +187,12 @@ def _number(key: str, value: Any, kind: type | None, rule: Key) -> Any:
 
 def _accepts(accepted: tuple, value: Any) -> bool:
     if len(accepted) == 2 and callable(accepted[1]):
-        return accepted[1](value)
+        return bool(accepted[1](value))
     return value in accepted
 
 
 def _describe(rule: Key) -> str:
-    kind = f"a tuple of {rule.item.__name__}" if rule.type is tuple and rule.item else f"{rule.type.__name__}"
+    kind = f"a tuple of {rule.item.__name__}" if rule.kind is tuple and rule.item else f"{rule.kind.__name__}"
     if rule.accepted is None:
         return kind
     if len(rule.accepted) == 2 and callable(rule.accepted[1]):

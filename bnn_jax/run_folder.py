@@ -72,7 +72,8 @@ def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -
         write_json(path, {**content, **provenance()})
         return
     old, new = (flatten(c) for c in (existing.get("config", {}), content["config"]))
-    rows = differing_keys(*({k: v for k, v in c.items() if k not in LOCATION_KEYS} for c in (old, new)))
+    old, new = ({k: v for k, v in c.items() if k not in LOCATION_KEYS} for c in (old, new))
+    rows = differing_keys(old, new)
     if not rows:
         rows = differing_keys(existing.get("stages"), content["stages"], "stages")
     if rows:
@@ -129,7 +130,7 @@ def describe_os_error(error: OSError) -> str:
 
 def provenance() -> dict[str, Any]:
     """Library versions and git commit of this installation."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)

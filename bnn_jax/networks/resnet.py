@@ -90,5 +90,5 @@ class ImageNetResNet(ResNet):
             name="conv1",
         )
         x = BatchNorm(name="bn1")(relu6(conv1(x, ctx)), ctx)
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # type: ignore[arg-type]
         return self.classify(global_average_pool(self.blocks(x, ctx)), ctx, kernel_init=xavier_normal)

@@ -45,6 +45,7 @@ class Distillation(Objective):
             raise ValueError(f"distillation: temperature={self.temperature!r}: accepted are positive numbers")
 
     def __call__(self, outputs: Outputs, batch: Batch, state: dict, ctx: QuantContext) -> jax.Array:
+        assert outputs.teacher_logits is not None  # ``needs`` asks the step for them
         rows = divergence(outputs.logits, outputs.teacher_logits, self.temperature)
         mean = masked_mean(rows, batch.mask)
         return mean / outputs.logits.shape[-1] if self.reduction == "mean" else mean

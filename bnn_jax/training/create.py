@@ -55,8 +55,8 @@ def transfer(
     for collection in collections:
         if collection not in target:
             continue
-        old = flax.traverse_util.flatten_dict(source.get(collection, {}), sep="/")
-        new = flax.traverse_util.flatten_dict(target[collection], sep="/")
+        old: dict[str, Any] = flax.traverse_util.flatten_dict(source.get(collection, {}), sep="/")
+        new: dict[str, Any] = flax.traverse_util.flatten_dict(target[collection], sep="/")
         for path, value in new.items():
             full = f"{collection}/{path}"
             if path in old and jnp.shape(old[path]) == jnp.shape(value):

@@ -14,11 +14,11 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signal_number: int | None = None
+        self.signal_number = 0
         self._previous: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
-        return self.signal_number is not None
+        return self.signal_number != 0
 
     def __enter__(self) -> "StopRequest":
         try:

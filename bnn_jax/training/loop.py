@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax.data.base import ResidentSource, index_plan
@@ -127,7 +128,7 @@ class StageLoop:
         self.run_steps = compile_train_steps(parts, devices)
         self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices)
         self.constants = devices.replicate(
-            Constants(images=source.train.images, labels=source.train.labels, teacher=teacher)
+            Constants(images=jnp.asarray(source.train.images), labels=jnp.asarray(source.train.labels), teacher=teacher)
         )
         self.steps_per_epoch = steps_per_epoch(stage, source.train.labels.shape[0])
         self.dispatch_length = dispatch_length(self.steps_per_epoch, options.steps_per_dispatch)
@@ -272,7 +273,7 @@ class StageLoop:
         return {
             "epoch": step // self.steps_per_epoch - 1,
             "step": step,
-            "learning_rate": float(self.schedule(np.int32(step - 1))),
+            "learning_rate": float(self.schedule(jnp.int32(step - 1))),
             **metrics.epoch_means(state.metric_sums),
             **held_out,
             "seconds": round(clock.seconds, 3),
@@ -295,5 +296,5 @@ class StageLoop:
         self.store.wait()
         raise Interrupted(
             f"stage {self.stage.name}: stopped and saved at step {step}; the same command goes on from there",
-            stop.signal_number or 0,
+            stop.signal_number,
         )

@@ -51,7 +51,7 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
 
 def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:
     """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term."""
-    sums = {name: float(value) for name, value in jax.device_get(sums).items()}
-    count = max(sums["count"], 1.0)
-    terms = {name: value / count for name, value in sums.items() if name.startswith("loss/")}
-    return {"train_loss": sums["loss"] / count, "train_top1": 100.0 * sums["correct"] / count, **terms}
+    totals = {name: float(value) for name, value in jax.device_get(sums).items()}
+    count = max(totals["count"], 1.0)
+    terms = {name: value / count for name, value in totals.items() if name.startswith("loss/")}
+    return {"train_loss": totals["loss"] / count, "train_top1": 100.0 * totals["correct"] / count, **terms}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec
@@ -38,7 +39,7 @@ def _group_chain(optimizer: Spec, group: ParameterGroup, schedule: Schedule) -> 
     return optax.chain(
         optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity(),
         _core(optimizer),
-        optax.scale_by_schedule(lambda step: -group.learning_rate_scale * schedule(step)),
+        optax.scale_by_schedule(lambda step: -group.learning_rate_scale * schedule(jnp.asarray(step))),
     )
 
 
@@ -80,7 +81,9 @@ def make_optimizer(
     """
     frozen = tuple(ParameterGroup(pattern, learning_rate_scale=0.0) for pattern in unused_parameters)
     groups = frozen + spec.groups
-    chains = {str(index): _group_chain(spec.optimizer, group, schedule) for index, group in enumerate(groups)}
+    chains: dict[Any, Any] = {
+        str(index): _group_chain(spec.optimizer, group, schedule) for index, group in enumerate(groups)
+    }
     labels = group_labels(params, groups)
     used = set(jax.tree.leaves(labels))
     chains = {label: chain for label, chain in chains.items() if label in used}
