@@ -78,7 +78,7 @@ def load(name: str, request: LoadRequest) -> LoadedImages:
     """
     folder = pathlib.Path(request.data_dir or default_data_dir()).expanduser().absolute()
     _check_prepared(name, folder)
-    with _progress_bar(request.progress) as bar:
+    with progress_bar(request.progress) as bar:
         train = _SplitReader(name, "train", folder).read("num_train", request.num_train, bar)
         test = _SplitReader(name, "test", folder).read("num_eval", request.num_eval, bar)
     expected = TFDS_SETS[name]
@@ -108,7 +108,8 @@ def _check_prepared(name: str, folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _progress_bar(show: bool) -> Iterator[Any]:
+def progress_bar(show: bool) -> Iterator[Any]:
+    """A rich progress bar on stderr, or one that takes all calls and shows nothing."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -218,12 +219,14 @@ def decode_image(content: bytes, shape: tuple[int, int, int], what: str) -> np.n
 
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            pixels = np.asarray(image)
+            mode, pixels = image.mode, np.asarray(image)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{what}: the image is corrupt ({reason})") from error
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
-    if pixels.shape != shape or pixels.dtype != np.uint8:
-        raise DataError(f"{what}: shape {pixels.shape}, dtype {pixels.dtype}; expected {shape}, uint8")
+    # The mode too: a palette image has the shape of a gray one.
+    expected_mode = {1: "L", 3: "RGB"}[shape[-1]]
+    if pixels.shape != shape or mode != expected_mode:
+        raise DataError(f"{what}: shape {pixels.shape}, mode {mode}; expected {shape}, {expected_mode}")
     return pixels

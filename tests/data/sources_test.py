@@ -114,7 +114,10 @@ def test_the_seed_decides_which_images_are_held_out():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "cifar11"}, r"config.data.name='cifar11': accepted are cifar10, cifar100, mnist, digits, synthetic"),
+        (
+            {"name": "cifar11"},
+            r"config.data.name='cifar11': accepted are cifar10, cifar100, mnist, imagenet2012, digits, synthetic",
+        ),
         ({"augment": "flip"}, r"config.data.augment='flip': accepted are pad_crop_flip, pad_crop, none"),
         ({"validation_fraction": 1.0}, r"config.data.validation_fraction=1.0: accepted is"),
         ({"validation_fraction": 1e-5}, r"config.data.validation_fraction=1e-05: it holds out 0 of 1437"),
@@ -129,6 +132,20 @@ def test_mistakes_are_one_line_that_says_what_is_accepted(fields, message):
     with pytest.raises(DataError, match=message) as raised:
         _build(**{"name": "digits", **fields})
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("digits", ()), ("digits", (("image_size", 12),)), ("synthetic", ()), ("synthetic", SMALL)]
+)
+def test_the_description_of_a_source_is_what_it_then_has(name, options):
+    source = _build(name, options=options, num_train=8, num_eval=8)
+    assert data.describe(DataSpec(name, options=options)) == (source.image_shape, source.num_classes)
+
+
+def test_imagenet_is_described_but_not_read():
+    assert data.describe(DataSpec("imagenet2012")) == ((224, 224, 3), 1000)
+    with pytest.raises(DataError, match="reads no ImageNet"):
+        _build("imagenet2012")
 
 
 @pytest.mark.parametrize("option", ["image_size", "num_classes", "num_train", "num_test"])

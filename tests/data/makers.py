@@ -1,0 +1,148 @@
+"""Small downloads in the official formats, made by the tests."""
+
+import gzip
+import io
+import pathlib
+import pickle
+import tarfile
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from bnn_jax.data.downloads import Download, DownloadedSplit
+from bnn_jax.data.downloads.base import CLASS_COUNTS, OFFICIAL_CLASSES
+from bnn_jax.data.tfds_source import TFDS_SETS
+
+TRAIN_PER_BATCH, TEST = 4, 6
+
+
+def random_split(name: str, count: int, *, seed: int) -> DownloadedSplit:
+    """Random images; no two are equal, and labels of different features differ."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (count, *TFDS_SETS[name].image_shape), dtype=np.uint8)
+    labels = {feature: generator.integers(0, classes, count) for feature, classes in CLASS_COUNTS[name].items()}
+    return DownloadedSplit(images, labels)
+
+
+def random_download(name: str) -> Download:
+    """A download of 20 training and 6 test images."""
+    train, test = random_split(name, 5 * TRAIN_PER_BATCH, seed=0), random_split(name, TEST, seed=1)
+    return Download(train, test, OFFICIAL_CLASSES[name], ())
+
+
+def archive_files(name: str, download: Download, *, pickled: bool) -> dict[str, bytes]:
+    """The files of an official archive, by path."""
+    batches = [(f"data_batch_{i + 1}", part(download.train, i)) for i in range(5)] + [("test_batch", download.test)]
+    if name == "cifar100":
+        batches = [("train", download.train), ("test", download.test)]
+    if pickled:
+        folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+        files = {key: pickle_as_python2(_pickled_batch(split)) for key, split in batches}
+        keys = {"label": "label_names"} if name == "cifar10" else {f: _python_name(f)[:-1] + "_names" for f in ORDER}
+        names = {keys[feature].encode(): [n.encode() for n in names] for feature, names in download.class_names.items()}
+        files[{"cifar10": "batches.meta", "cifar100": "meta"}[name]] = pickle_as_python2(names)
+    else:
+        folder = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
+        files = {f"{key}.bin": _binary_batch(split) for key, split in batches}
+        texts = (
+            {"label": "batches.meta.txt"}
+            if name == "cifar10"
+            else {f: f"{_python_name(f)[:-1]}_names.txt" for f in ORDER}
+        )
+        for feature, names in download.class_names.items():
+            files[texts[feature]] = "\n".join(names).encode() + b"\n"
+    return {f"{folder}/{key}": content for key, content in files.items()}
+
+
+ORDER = ("coarse_label", "label")
+
+
+def _python_name(feature: str) -> str:
+    return {"label": "fine_labels", "coarse_label": "coarse_labels"}[feature]
+
+
+def part(split: DownloadedSplit, number: int) -> DownloadedSplit:
+    """One of the five training batches."""
+    rows = slice(number * TRAIN_PER_BATCH, (number + 1) * TRAIN_PER_BATCH)
+    return DownloadedSplit(split.images[rows], {feature: labels[rows] for feature, labels in split.labels.items()})
+
+
+def _planes(split: DownloadedSplit) -> np.ndarray:
+    return split.images.transpose(0, 3, 1, 2).reshape(len(split.images), -1)
+
+
+def _pickled_batch(split: DownloadedSplit) -> dict:
+    names = {"label": "labels"} if len(split.labels) == 1 else {feature: _python_name(feature) for feature in ORDER}
+    labels = {names[feature].encode(): values.tolist() for feature, values in split.labels.items()}
+    file_names = [f"image_{i}.png".encode() for i in range(len(split.images))]
+    return {b"batch_label": b"made by a test", **labels, b"data": _planes(split), b"filenames": file_names}
+
+
+def _binary_batch(split: DownloadedSplit) -> bytes:
+    columns = [values.astype(np.uint8)[:, None] for values in split.labels.values()]
+    return np.concatenate([*columns, _planes(split)], axis=1).tobytes()
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes bytes as the 8-bit strings of Python 2, as in the official files."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def _save_string(self, value: bytes) -> None:
+        if len(value) < 256:
+            self.write(pickle.SHORT_BINSTRING + bytes([len(value)]) + value)
+        else:
+            self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+        self.memoize(value)
+
+    dispatch[bytes] = _save_string
+
+
+def pickle_as_python2(value: object) -> bytes:
+    """Protocol 2 as Python 2 wrote it."""
+    buffer = io.BytesIO()
+    _Python2Pickler(buffer, 2).dump(value)
+    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def write_archive(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+    """A .tar.gz with the files and a folder entry."""
+    with tarfile.open(path, "w:gz") as archive:
+        folder = tarfile.TarInfo(next(iter(files)).split("/")[0])
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_files(folder: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+    """The same files unpacked."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def mnist_files(download: Download, *, compressed: bool) -> dict[str, bytes]:
+    """The four files of MNIST, by name."""
+    files = {}
+    for key, split in (("train", download.train), ("t10k", download.test)):
+        header = bytes((0, 0, 8, 3)) + np.array(split.images.shape[:3], ">u4").tobytes()
+        files[f"{key}-images-idx3-ubyte"] = header + split.images.tobytes()
+        header = bytes((0, 0, 8, 1)) + np.array([len(split.images)], ">u4").tobytes()
+        files[f"{key}-labels-idx1-ubyte"] = header + split.labels["label"].astype(np.uint8).tobytes()
+    return {f"{name}.gz": gzip.compress(content) for name, content in files.items()} if compressed else files
+
+
+def write_image_folder(folder: pathlib.Path, class_folders: tuple[str, ...], *, shape: tuple[int, ...]) -> np.ndarray:
+    """One random PNG per class in both splits; returns the pixels (2, classes, *shape)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, len(class_folders), *shape), dtype=np.uint8)
+    for key, images in zip(("train", "test"), pixels):
+        for class_folder, image in zip(class_folders, images):
+            (folder / key / class_folder).mkdir(parents=True)
+            Image.fromarray(image.squeeze()).save(folder / key / class_folder / "0.png")
+    return pixels
