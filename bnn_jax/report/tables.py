@@ -28,7 +28,9 @@ def show(table: Table, *, file: TextIO | None = None) -> None:
 
 def new_table(title: str, caption: str | None = None) -> Table:
     """An empty table in the common style."""
-    return Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(
+        title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
 
 
 def stages_table(stages: Sequence[Stage]) -> Table:
