@@ -189,6 +189,20 @@ def test_binary_records_are_checked(tmp_path, content, message):
     _refused(makers.write_archive(tmp_path / "a.tar.gz", files), message)
 
 
+def test_the_official_file_of_class_names_is_read_and_known(tmp_path):
+    # Rebuilt from its description; the checksum shows that these are the very bytes of the official archive.
+    strings = [bytes((len(name),)) + name.encode() + b"q" for name in base.OFFICIAL_CLASSES["cifar10"]["label"]]
+    names = b"".join(b"U" + string + bytes((number,)) for number, string in enumerate(strings, 5))
+    content = b"\x80\x02}q\x01(U\x13num_cases_per_batchq\x02M\x10'U\x0blabel_namesq\x03]q\x04(" + names
+    content += b"eU\x07num_visq\x0fM\x00\x0cu."
+    assert hashlib.md5(content).hexdigest() == base.MD5["batches.meta"]
+    folder = makers.write_files(tmp_path, _files() | {"cifar-10-batches-py/batches.meta": content})
+    found = cifar.read("cifar10", folder)
+    assert found.class_names == base.OFFICIAL_CLASSES["cifar10"]
+    assert "data_batch_1" in found.unofficial[0]
+    assert "batches.meta" not in found.unofficial[0]
+
+
 @pytest.mark.parametrize("names", [["a"] * 10, [chr(97 + i) for i in range(9)], ["", *"bcdefghij"]])
 def test_class_names_are_checked(tmp_path, names):
     files = _files() | {"cifar-10-batches-py/batches.meta": makers.pickle_as_python2({b"label_names": names})}
