@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import bnn_jax
 from bnn_jax.config import LOCATION_KEYS, flatten
 from bnn_jax.errors import UserError
 from bnn_jax.stages import Stage, differing_keys, to_json
 
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "bnn_jax")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 MOST_KEYS_SHOWN = 5
 CHECKPOINTS, METRICS, RESULT = "checkpoints", "metrics.jsonl", "result.json"
 
@@ -130,7 +131,7 @@ def describe_os_error(error: OSError) -> str:
 
 def provenance() -> dict[str, Any]:
     """Library versions and git commit of this installation."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "bnn_jax": bnn_jax.__version__}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
