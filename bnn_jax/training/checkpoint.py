@@ -586,13 +586,17 @@ def _to_devices(host_tree: Any, target: Any) -> Any:
     """
 
     def put(leaf: jax.Array | jax.ShapeDtypeStruct, value: Any) -> jax.Array:
-        # jnp.array copies; device_put alone may keep the numpy memory, and one and the same for all devices.
-        array = jnp.array(value)
-        if content_hash.is_key(leaf):
-            array = jax.random.wrap_key_data(array, impl=content_hash.key_implementation(leaf))
         # An array that was never assigned to devices must stay free to move to those of the others.
         sharding = leaf.sharding if getattr(leaf, "committed", True) else None
-        return array if sharding is None else jax.device_put(array, sharding)
+        if sharding is not None and not sharding.is_fully_addressable:
+            # Devices of other processes: device_put refuses them, and each process has the same values.
+            array = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        else:
+            # jnp.array copies; device_put alone may keep the numpy memory, and one and the same for all devices.
+            array = jnp.array(value) if sharding is None else jax.device_put(jnp.array(value), sharding)
+        if content_hash.is_key(leaf):
+            return jax.random.wrap_key_data(array, impl=content_hash.key_implementation(leaf))
+        return array
 
     return target if host_tree is None else jax.tree.map(put, target, host_tree)
 

@@ -355,6 +355,17 @@ def test_intact_files_of_another_content_are_detected(damageable: pathlib.Path) 
         CheckpointStore(damageable, read_only=True).restore(tiny_state(0), which=2)
 
 
+@pytest.mark.parametrize("change", [('"selection_top1": 60.0', '"selection_top1": 10.0'), ('"step": 2}', '"step": 7}')])
+def test_a_plausible_change_of_meta_is_detected(change: tuple[str, str], damageable: pathlib.Path) -> None:
+    file = damageable / "2" / "meta" / "metadata"
+    before = file.read_text()
+    file.write_text(before.replace(*change))
+    assert file.read_text() != before
+    # Believed, the first would make another step the best, the second resume at another place.
+    with pytest.raises(CheckpointError, match="/2: damaged checkpoint: meta does not match its hash"):
+        CheckpointStore(damageable, read_only=True).restore(tiny_state(0), which="best")
+
+
 def test_a_step_under_another_number_is_detected(damageable: pathlib.Path) -> None:
     shutil.copytree(damageable / "1", damageable / "3")
     assert restored_step(damageable) == 2
@@ -553,8 +564,8 @@ KILLED_PROGRAM = """
             store.save(state, meta={{"step": step}}, metrics=None)
             if step % 2:
                 store.save(state, meta={{"step": step}}, metrics=score(step % 5))
-            if step > 1:
-                print(step - 1, flush=True)  # complete: the save of this step has waited for it
+            if step > start + 1:
+                print(step - 1, flush=True)  # saved by this process, and complete: the save of this step waited for it
 """
 
 
