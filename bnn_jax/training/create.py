@@ -34,7 +34,9 @@ def variable_shapes(network: Any, image_shape: tuple[int, int, int]) -> dict[str
     """Shapes and types of a network's variables, without computing anything."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
-    return dict(jax.eval_shape(lambda x: network.init(keys, x, QuantContext(train=True)), images))
+    shapes = jax.eval_shape(lambda x: network.init(keys, x, QuantContext(train=True)), images)
+    # A collection the network does not have is named too, as empty: restoring is then strict about it.
+    return {name: shapes.get(name, {}) for name in COLLECTIONS}
 
 
 def transfer(
