@@ -14,7 +14,15 @@ from numpy.typing import ArrayLike
 
 
 class GoldenMismatch(AssertionError):
-    """Our values are not those of a golden file."""
+    """Our values are not those of a golden file.
+
+    Attributes:
+      found: names of the comparisons that failed.
+    """
+
+    def __init__(self, message: str, found: tuple[str, ...]):
+        super().__init__(message)
+        self.found = found
 
 
 class GoldenFile:
@@ -159,4 +167,4 @@ class Comparison:
         if file.unread:
             problems.append(f"arrays no check has read: {', '.join(file.unread[:10])} ({len(file.unread)} in all)")
         if problems:
-            raise GoldenMismatch(f"{file.path.name}: " + "\n  ".join(problems))
+            raise GoldenMismatch(f"{file.path.name}: " + "\n  ".join(problems), tuple(row.what for row in bad))

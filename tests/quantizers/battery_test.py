@@ -15,7 +15,7 @@ from bnn_jax.stages import IDENTITY, Spec, spec
 WEIGHT_EXAMPLES: dict[str, list[tuple[Spec, int | None]]] = {
     "identity": [(IDENTITY, None)],
     "dorefa": [
-        *((spec("dorefa", bits=bits), 2**bits) for bits in (1, 2, 3, 4, 8)),
+        *((spec("dorefa", bits=bits), 2**bits) for bits in (1, 2, 5, 8)),
         (spec("dorefa", bits=1, one_bit="levels"), None),
     ],
     "pruned": [
@@ -29,10 +29,10 @@ WEIGHT_EXAMPLES: dict[str, list[tuple[Spec, int | None]]] = {
 }
 ACT_EXAMPLES: dict[str, list[Spec]] = {
     "identity": [IDENTITY],
-    "dorefa": [spec("dorefa", bits=bits) for bits in (1, 2, 3, 4, 8)],
+    "dorefa": [spec("dorefa", bits=bits) for bits in (1, 2, 5, 8)],
 }
-# Kernels (kh, kw, I, O): 3x3, 1x1, odd, one weight wide, dense (I, O).
-SHAPES = [(3, 3, 8, 20), (1, 1, 5, 30), (5, 3, 3, 7), (3, 3, 1, 1), (12, 10)]
+# Kernels (kh, kw, I, O): the usual one, 1x1 with odd channels, dense (I, O).
+SHAPES = [(3, 3, 8, 20), (1, 1, 5, 7), (12, 10)]
 # The quantizers whose options do not fit dense kernels.
 NEEDS_FOUR_AXES = {"pruned"}
 

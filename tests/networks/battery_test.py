@@ -1,0 +1,227 @@
+"""What every network of the table has to satisfy. A new table entry needs a row in EXPECTED."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from bnn_jax import networks
+from bnn_jax.networks import NETWORKS
+from bnn_jax.quantizers import QuantContext
+from bnn_jax.stages import QuantSpec, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Facts about a network (ASBQ specification, sections 2.6 and 7).
+
+    Attributes:
+      parameters: trainable numbers at ``num_classes`` classes.
+      num_classes: classes of the published network.
+      image_size: pixels per side.
+      features: length of the classifier's input.
+      quantized: quantized convolutions, and numbers in their kernels.
+      norms: BatchNorm layers.
+    """
+
+    parameters: int
+    num_classes: int
+    image_size: int
+    features: int
+    quantized: tuple[int, int]
+    norms: int
+
+
+def cifar_resnet(parameters: int, blocks: int) -> Expected:
+    """Depth 6 * blocks + 2: the counts of kernels and norms follow from it."""
+    per_block = sum(2 * 9 * width * width for width in (16, 32, 64))
+    # The first block of the second and third stage reads half as many channels.
+    less = 9 * 32 * 16 + 9 * 64 * 32
+    return Expected(parameters, 10, 32, 64, (6 * blocks, blocks * per_block - less), 6 * blocks + 3)
+
+
+EXPECTED = {
+    "resnet8": cifar_resnet(78_042, 1),
+    "resnet14": cifar_resnet(175_258, 2),
+    "resnet20": cifar_resnet(272_474, 3),
+    "resnet26": cifar_resnet(369_690, 4),
+    "resnet56": cifar_resnet(855_770, 9),
+    # Not in the specification: 97,216 per further block of each stage, as between the others.
+    "resnet110": cifar_resnet(272_474 + 15 * 97_216, 18),
+    "resnet18_cifar": Expected(11_173_962, 10, 32, 512, (16, 10_985_472), 20),
+    "resnet18": Expected(11_688_616, 1000, 224, 512, (16, 10_985_472), 20),
+    "resnet34": Expected(21_796_776, 1000, 224, 512, (32, 21_086_208), 36),
+    "vgg_small": Expected(4_660_106, 10, 32, 8192, (6, 4_574_592), 6),
+}
+
+PRUNED = spec("pruned")
+each_network = pytest.mark.parametrize("name", EXPECTED)
+
+
+@functools.cache
+def shapes_of(name: str):
+    """Output and variables of a network, as shapes; quantized convolutions are those with a mask."""
+    expected = EXPECTED[name]
+    quant = QuantSpec(weight=PRUNED, first=PRUNED if name == "vgg_small" else QuantSpec().first)
+    network = networks.build(spec(name), quant, num_classes=expected.num_classes)
+    images = jax.ShapeDtypeStruct((2, expected.image_size, expected.image_size, 3), jnp.float32)
+    return jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x, QuantContext(train=True)), images)
+
+
+def test_every_table_entry_has_its_facts() -> None:
+    missing = sorted(set(NETWORKS) - set(EXPECTED))
+    assert not missing, f"networks {missing}: add a row to EXPECTED of {__file__}"
+
+
+@each_network
+def test_number_of_parameters(name: str) -> None:
+    _, variables = shapes_of(name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == EXPECTED[name].parameters
+
+
+@each_network
+def test_shapes_of_the_output(name: str) -> None:
+    output, _ = shapes_of(name)
+    expected = EXPECTED[name]
+    assert (output.logits.shape, output.logits.dtype) == ((2, expected.num_classes), jnp.float32)
+    assert (output.features.shape, output.features.dtype) == ((2, expected.features), jnp.float32)
+
+
+@each_network
+def test_quantized_convolutions_and_their_weights(name: str) -> None:
+    _, variables = shapes_of(name)
+    masks = jax.tree.leaves(variables["quant_state"])
+    assert (len(masks), sum(mask.size for mask in masks)) == EXPECTED[name].quantized
+
+
+@each_network
+def test_number_of_norms(name: str) -> None:
+    _, variables = shapes_of(name)
+    assert sum(path[-1] == "var" for path in flatten_dict(variables["batch_stats"])) == EXPECTED[name].norms
+
+
+@each_network
+def test_collections_are_parameters_statistics_and_quantizer_state_only(name: str) -> None:
+    assert set(shapes_of(name)[1]) == {"params", "batch_stats", "quant_state"}
+
+
+# Small enough to run: two stages, so that every kind of block and shortcut occurs.
+SMALL = {
+    "release": spec("resnet8", stage_sizes=(2, 1), widths=(4, 6)),
+    "checkpoint": spec("resnet8", stage_sizes=(2, 1), widths=(4, 6), block="checkpoint"),
+    "imagenet": spec("resnet18", stage_sizes=(2, 1), widths=(4, 6)),
+    "vgg_small": spec("vgg_small", widths=(4, 4, 6, 6, 8, 8)),
+}
+each_small = pytest.mark.parametrize("kind", SMALL)
+REAL = QuantSpec()
+FOUR_BITS = QuantSpec(weight=spec("dorefa", bits=4), act=spec("dorefa", bits=4))
+
+
+def images_of(rows: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.RandomState(seed).normal(size=(rows, 8, 8, 3)), jnp.float32)
+
+
+@functools.cache
+def small_network(kind: str, quant: QuantSpec):
+    """A small network and random variables; drawing them with numpy needs no compilation."""
+    network = networks.build(SMALL[kind], quant, num_classes=3)
+    random = np.random.RandomState(1)
+    shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, QuantContext(train=True)), images_of(1))
+
+    def draw(path, leaf) -> np.ndarray:
+        value = random.normal(0, 0.3, leaf.shape).astype(np.float32)
+        return 1 + np.abs(value) if path[-1].key in ("scale", "var") else value
+
+    return network, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@each_small
+def test_unused_parameters_are_exactly_those_without_a_gradient(kind: str) -> None:
+    network, variables = small_network(kind, REAL)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            ctx = QuantContext(train=True)
+            output, _ = network.apply({**variables, "params": params}, images_of(4), ctx, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(jnp.arange(12.0)).reshape(4, 3) * output.logits)
+
+        return jax.grad(loss)(params)
+
+    flat = flatten_dict(gradients(variables["params"]), sep="/")
+    without = {path for path, gradient in flat.items() if not np.any(gradient)}
+    unused = {path for path in flat if any(re.search(pattern, path) for pattern in network.unused_parameters)}
+    assert without == unused
+    assert bool(unused) == (kind == "checkpoint")
+
+
+@each_small
+def test_evaluation_of_a_row_does_not_depend_on_the_other_rows(kind: str) -> None:
+    network, variables = small_network(kind, FOUR_BITS)
+    images = images_of(3)
+    padded = jnp.concatenate([images, 100 * images_of(2, seed=1)])
+    forward = jax.jit(lambda x, mask: network.apply(variables, x, QuantContext(mask=mask)).logits)
+    expected = forward(images, jnp.ones(3, bool))
+    # Convolutions of another batch size may add in another order: a few ulps, no value near a rounding threshold here.
+    np.testing.assert_allclose(forward(padded, jnp.arange(5) < 3)[:3], expected, atol=1e-5)
+
+
+@each_small
+def test_training_on_a_padded_batch_equals_the_batch_without_padding(kind: str) -> None:
+    # At 32 bits, so that a last bit of difference cannot flip a rounding.
+    network, variables = small_network(kind, REAL)
+    images = images_of(4)
+    padded = jnp.concatenate([images, 100 * images_of(2, seed=1)])
+
+    @jax.jit
+    def forward(x, mask):
+        output, updates = network.apply(variables, x, QuantContext(train=True, mask=mask), mutable=["batch_stats"])
+        return output.logits[:4], updates
+
+    padded_result = forward(padded, jnp.arange(6) < 4)
+    # Sums over the batch run in another order: float32 rounding through at most eight layers.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        padded_result,
+        forward(images, jnp.ones(4, bool)),
+    )
+
+
+@each_small
+def test_training_changes_every_running_statistic(kind: str) -> None:
+    network, variables = small_network(kind, REAL)
+    _, updates = jax.jit(lambda x: network.apply(variables, x, QuantContext(train=True), mutable=["batch_stats"]))(
+        images_of(4)
+    )
+    old, new = (flatten_dict(stats, sep="/") for stats in (variables["batch_stats"], updates["batch_stats"]))
+    assert [path for path in old if np.array_equal(old[path], new[path])] == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (spec("resnet9"), "network 'resnet9': accepted are resnet8"),
+        (spec("resnet8", block="nosuch"), "block 'nosuch': accepted are release"),
+        (spec("resnet8", kernel_init="nosuch"), "kernel_init 'nosuch': accepted are uniform, he_normal"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_accepted_ones(choice, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        networks.build(choice, QuantSpec(), num_classes=3)
+
+
+@pytest.mark.parametrize(("kernel_init", "std"), [("uniform", 1 / np.sqrt(3 * 144)), ("he_normal", np.sqrt(2 / 144))])
+def test_initial_weights_of_quantized_convolutions(kernel_init: str, std: float) -> None:
+    choice = spec("resnet8", kernel_init=kernel_init, stage_sizes=(1, 1), widths=(16, 32))
+    network = networks.build(choice, REAL, num_classes=10)
+    params = network.init(jax.random.key(0), images_of(1), QuantContext())["params"]
+    # 2,304 draws: the estimate is within 5 % (three standard errors of a normal law).
+    assert np.std(params["layer1_0"]["conv1"]["kernel"]) == pytest.approx(std, rel=0.05)
+    # The first convolution and the shortcuts are He normal in any case: 432 and 512 draws, within 12 %.
+    assert np.std(params["conv1"]["kernel"]) == pytest.approx(np.sqrt(2 / 144), rel=0.12)
+    assert np.std(params["layer2_0"]["downsample_conv"]["kernel"]) == pytest.approx(np.sqrt(2 / 32), rel=0.12)
