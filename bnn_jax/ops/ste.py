@@ -83,51 +83,41 @@ def sign_positive_zero(x: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, 1.0, -1.0).astype(x.dtype)
 
 
-@jax.custom_vjp
-def clip_unit(x: jax.Array) -> jax.Array:
-    """Clips to [0, 1] and blocks the gradient outside the open interval.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def clip(x: jax.Array, low: float, high: float) -> jax.Array:
+    """Clips to [low, high] and blocks the gradient outside the open interval.
 
-    Forward: ``y = min(max(x, 0), 1)``.
-    Backward: ``dx = dy`` where ``0 < x < 1``, else 0 (also at 0 and 1 exactly).
+    Forward: ``y = min(max(x, low), high)``.
+    Backward: ``dx = dy`` where ``low < x < high``, else 0 (also at ``low`` and ``high`` exactly).
 
     Args:
       x: array of any shape, floating point.
+      low: lower bound.
+      high: upper bound.
 
     Returns:
-      Array of the shape and dtype of ``x``, values in [0, 1].
+      Array of the shape and dtype of ``x``, values in [low, high].
 
     Reference: DoReFa-Net (arXiv 1606.06160), section 2.5.
     """
-    return jnp.clip(x, 0.0, 1.0)
+    return jnp.clip(x, low, high)
 
 
-def _clip_unit_backward(x, cotangent):
-    return (jnp.where((x > 0) & (x < 1), cotangent, 0.0).astype(cotangent.dtype),)
+def _clip_backward(low: float, high: float, x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where((x > low) & (x < high), cotangent, 0.0).astype(cotangent.dtype),)
 
 
-clip_unit.defvjp(lambda x: (clip_unit(x), x), _clip_unit_backward)
+clip.defvjp(lambda x, low, high: (clip(x, low, high), x), _clip_backward)
 
 
-@jax.custom_vjp
+def clip_unit(x: jax.Array) -> jax.Array:
+    """``clip`` to [0, 1]; the gradient passes where ``0 < x < 1``."""
+    return clip(x, 0.0, 1.0)
+
+
 def relu6(x: jax.Array) -> jax.Array:
-    """Rectifier with a ceiling at 6.
-
-    Forward: ``y = min(max(x, 0), 6)``.
-    Backward: ``dx = dy`` where ``0 < x < 6``, else 0 (also at 0 and 6 exactly).
-
-    Args:
-      x: array of any shape, floating point.
-
-    Returns:
-      Array of the shape and dtype of ``x``, values in [0, 6].
+    """``clip`` to [0, 6]; the gradient passes where ``0 < x < 6``.
 
     Reference: Krizhevsky, "Convolutional Deep Belief Networks on CIFAR-10", 2010.
     """
-    return jnp.clip(x, 0.0, 6.0)
-
-
-def _relu6_backward(x, cotangent):
-    return (jnp.where((x > 0) & (x < 6), cotangent, 0.0).astype(cotangent.dtype),)
-
-
-relu6.defvjp(lambda x: (relu6(x), x), _relu6_backward)
+    return clip(x, 0.0, 6.0)
