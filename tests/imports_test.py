@@ -28,7 +28,10 @@ LAYERS = {
     "report": 6,
     "methods": 6,
     "config": 7,
-    "pipeline": 8,
+    "run_folder": 8,
+    "assembly": 9,
+    "pipeline": 10,
+    "command_line": 11,
 }
 # What a package may import of the library, where that is less than everything below it.
 ONLY = {
