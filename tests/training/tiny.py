@@ -95,8 +95,9 @@ def stage(*, epochs: int = 2, batch_size: int = 8, learning_rate: float = 0.1, *
 @functools.cache
 def variables(network: TinyNetwork = TinyNetwork()) -> dict[str, Any]:  # noqa: B008 - frozen
     """Initial variables as numpy arrays, made once."""
-    images = jnp.zeros((1, SIZE, SIZE, 3))
-    return jax.device_get(create.init_variables(network, jax.random.key(0), images))
+    # Values, even if the first call stands inside a function that is being traced.
+    with jax.ensure_compile_time_eval():
+        return jax.device_get(create.init_variables(network, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))))
 
 
 def parts(
