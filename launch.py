@@ -45,8 +45,15 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {command_line.one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, NonFiniteLossError) else 2
+    except OSError as error:
+        # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
+        from bnn_jax.run_folder import describe_os_error
+
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{describe_os_error(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("stopped before training began; nothing was lost", file=sys.stderr)
+        print("stopped; what was saved is kept, the same command goes on from there", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
