@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tests.integration.launching import (
     STAGES,
     TWO_RUNGS,
     Finished,
+    damage,
     launch_here,
     launch_program,
     records,
@@ -199,17 +199,9 @@ def test_a_checkpoint_of_another_network_is_refused_with_what_differs(two_rungs)
     assert str(two_rungs / STAGES[1]) in line
 
 
-def flip_a_byte(folder: Path) -> None:
-    """Changes one byte in the middle of the largest file."""
-    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-
-
 def test_a_damaged_checkpoint_is_named_if_it_was_asked_for(two_rungs, copy_of):
     stage = copy_of(two_rungs) / STAGES[1]
-    flip_a_byte(stage / "checkpoints" / "4" / "params")
+    damage(stage / "checkpoints" / "4" / "params")
     line = refused(evaluate(f"--checkpoint={stage / 'checkpoints' / '4'}"))
     assert "damaged checkpoint" in line and str(stage / "checkpoints" / "4") in line
 
@@ -218,7 +210,7 @@ def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(two_rungs, c
     folder = copy_of(two_rungs)
     (folder / STAGES[1] / "result.json").unlink()
     for step in steps(folder / STAGES[1]):
-        shutil.rmtree(folder / STAGES[1] / "checkpoints" / str(step) / "meta")
+        damage(folder / STAGES[1] / "checkpoints" / str(step))
     line = refused(launch_here(*TWO_RUNGS, f"--workdir={folder}"))
     assert "damaged" in line and str(folder / STAGES[1]) in line
 
