@@ -10,7 +10,7 @@ HEAVY = {"jax", "flax", "optax", "orbax", "tensorflow_datasets", "numpy", "ml_co
 
 def test_help_fits_a_screen():
     lines = launch_here("--help").stdout.splitlines()
-    assert 24 <= len(lines) <= 40
+    assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
 
 
