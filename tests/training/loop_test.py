@@ -279,7 +279,8 @@ def test_a_crash_before_the_record_of_an_epoch_repeats_the_rest_of_it(tmp_path, 
     assert run.records() == whole[0].records()
 
 
-def test_a_crash_between_the_record_of_an_epoch_and_its_checkpoint_leaves_one_record(tmp_path, whole, monkeypatch):
+def crash_at_the_last_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of the last epoch is written when the process dies, its checkpoint is not."""
     save = StageLoop._save
 
     def dies(self: StageLoop, state: TrainState, *args: Any, **options: Any) -> None:
@@ -287,12 +288,26 @@ def test_a_crash_between_the_record_of_an_epoch_and_its_checkpoint_leaves_one_re
             raise Crash
         save(self, state, *args, **options)
 
-    run = Run(tmp_path)
-    monkeypatch.setattr(StageLoop, "_save", dies)
-    with pytest.raises(Crash):
-        run.fit()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(StageLoop, "_save", dies)
+        with pytest.raises(Crash):
+            run.fit()
     assert len(run.records()) == EPOCHS
+
+
+def test_a_crash_between_the_record_of_an_epoch_and_its_checkpoint_leaves_one_record(tmp_path, whole, monkeypatch):
+    run = Run(tmp_path)
+    crash_at_the_last_checkpoint(run, monkeypatch)
+    tiny.assert_equal(jax.device_get(run.fit()), whole[1])
+    assert run.records() == whole[0].records()
+
+
+def test_such_a_crash_after_a_stop_during_the_evaluation_leaves_one_record_too(tmp_path, whole, monkeypatch):
+    # The checkpoint that is left has the step of the record, but stands before the evaluation.
+    run = Run(tmp_path)
+    with pytest.raises(Interrupted):
+        run.fit(looks=AT_THE_LAST_LOOK)
+    crash_at_the_last_checkpoint(run, monkeypatch)
     tiny.assert_equal(jax.device_get(run.fit()), whole[1])
     assert run.records() == whole[0].records()
 
