@@ -179,6 +179,8 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
+        # Installed into the environment of some other project, the files lie in that one's checkout, untracked.
+        run("ls-files", "--error-unmatch", Path(__file__).name)
         commit = run("rev-parse", "HEAD")
         return f"{commit}-dirty" if run("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):

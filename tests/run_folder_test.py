@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +203,18 @@ def test_a_full_disk_is_named_as_such():
 def test_the_commit_is_that_of_the_checkout_or_nothing():
     commit = run_folder.git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_not_that_of_another_project_the_library_is_installed_in(tmp_path, monkeypatch):
+    def git(*command: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *command], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=theirs")
+    installed = tmp_path / "run_folder.py"
+    installed.write_text("")
+    monkeypatch.setattr(run_folder, "__file__", str(installed))
+    assert run_folder.git_commit() is None
+    git("add", "run_folder.py")
+    assert run_folder.git_commit() is not None
