@@ -156,6 +156,7 @@ def test_evaluate_takes_a_checkpoint_and_never_looks_at_the_run_folder(chain, tm
     finished = launch_here(QUICKSTART, "--mode=evaluate", "--json", *arguments)
     assert finished.code == 0, finished.stderr
     assert finished.last_json["top1"] == result(chain[0] / "01_w8a8")["last_top1"]
+    assert finished.last_json["loss"] == pytest.approx(result(chain[0] / "01_w8a8")["last_loss"], rel=1e-6)
     assert not (tmp_path / "unused").exists()
 
 
