@@ -2,10 +2,9 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from bnn_jax.layers.norm import BatchNorm
-from bnn_jax.networks.base import Layers, NetworkOutput
+from bnn_jax.networks.base import Layers, NetworkOutput, flatten_channels_first
 from bnn_jax.ops.ste import relu6
 from bnn_jax.quantizers.base import QuantContext
 
@@ -42,7 +41,7 @@ class VggSmall(nn.Module):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             x = relu6(BatchNorm(name=f"bn{index}")(x, ctx))
         x = self.layers.act(name="last_act")(x, ctx)
-        features = jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
+        features = flatten_channels_first(x)
         dense = self.layers.dense(
             self.num_classes,
             kernel_init=nn.initializers.normal(0.01),
