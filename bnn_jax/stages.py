@@ -85,11 +85,13 @@ class ParameterGroup:
       pattern: regular expression, searched in the path ('layer1_0/conv1/kernel').
       weight_decay: coupled L2 factor (gradient += weight_decay * parameter).
       learning_rate_scale: factor on the learning rate; 0 freezes the group.
+      bounds: smallest and largest value the parameters keep to after every step, or None.
     """
 
     pattern: str
     weight_decay: float = 0.0
     learning_rate_scale: float = 1.0
+    bounds: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,15 @@
 from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.objectives.classification import CrossEntropy
 from bnn_jax.objectives.distill import Distillation
+from bnn_jax.objectives.self_distill import Cluster, FeatureSwap, LabelBank
 from bnn_jax.stages import Spec
 
 OBJECTIVES: dict[str, type[Objective]] = {
     CrossEntropy.name: CrossEntropy,
     Distillation.name: Distillation,
+    FeatureSwap.name: FeatureSwap,
+    LabelBank.name: LabelBank,
+    Cluster.name: Cluster,
 }
 
 

@@ -67,6 +67,11 @@ def needs_teacher(objectives: Sequence[Objective]) -> bool:
     return any("teacher_logits" in objective.needs for objective in objectives)
 
 
+def needs_real_features(objectives: Sequence[Objective]) -> bool:
+    """Whether any objective compares the network with its real stream."""
+    return any("real_features" in objective.needs for objective in objectives)
+
+
 def zero_metric_sums(objectives: Sequence[Objective]) -> dict[str, jax.Array]:
     """The epoch's sums at its start; ``non_finite_step`` is -1 until a loss is NaN or infinite."""
     names = ["count", "correct", "loss", *(f"loss/{objective.name}" for objective in objectives)]
