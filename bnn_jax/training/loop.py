@@ -73,7 +73,8 @@ class EpochClock:
     @property
     def images_per_second(self) -> float:
         """Training throughput."""
-        if self.timed_seconds > 0:
+        # Seconds alone do not tell: waiting at the end of an epoch adds time without images.
+        if self.timed_images > 0:
             return self.timed_images / self.timed_seconds
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
@@ -91,6 +92,12 @@ def dispatch_length(steps: int, requested: int) -> int:
     if jax.default_backend() == "cpu":
         return 1
     return -(-steps // -(-steps // MOST_STEPS_PER_DISPATCH))
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether no value of a pytree is NaN or infinite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 class StageLoop:
@@ -252,6 +259,9 @@ class StageLoop:
             result = self.evaluator(state.variables, split, should_stop=lambda: bool(stop))
             if result is None:
                 self._save_and_stop(state, clock, stop, evaluated=False)
+            if not np.isfinite(result["loss"]):
+                # A step's loss is the one before its update: what the last step broke shows only here.
+                self._refuse_non_finite(int(state.step))
             results[split] = result
         record = self._record(state, clock, results)
         selection = record.get("validation_top1", record["test_top1"])
@@ -281,6 +291,9 @@ class StageLoop:
         }
 
     def _save(self, state: TrainState, clock: EpochClock, *, evaluated: bool, selection: float | None) -> None:
+        if not _all_finite(state.variables):
+            # As above; no broken state may take the place of a good one.
+            self._refuse_non_finite(int(state.step))
         self._last_save = time.monotonic()
         meta = {"stage": self.stage.name, "evaluated": evaluated, "epoch_seconds": round(clock.seconds, 3)}
         chosen = None if selection is None else {"selection_top1": selection}

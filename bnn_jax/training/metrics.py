@@ -26,16 +26,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}: line {number} is damaged; remove that line to go on") from None
+        record = _parse(line)
+        if record is None and number < len(lines):
+            raise UserError(f"{path}: line {number} is damaged; remove that line to go on")
+        if record is not None:
+            records.append(record)
     return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record a line holds, or None if it is damaged."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:

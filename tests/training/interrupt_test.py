@@ -1,0 +1,61 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from bnn_jax.training.interrupt import SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_sets_the_flag(number):
+    with StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+        assert stop.signal_number == number
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_second_signal_acts_as_usual(number):
+    usual = signal.getsignal(number)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop
+        assert signal.getsignal(number) == usual
+
+
+def test_the_second_interrupt_ends_the_process_as_ctrl_c_does():
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            # The handler runs between two instructions.
+            signal.pause()
+
+
+def test_the_handlers_are_those_from_before_afterwards():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopRequest():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_an_error_inside_restores_the_handlers_too():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError), StopRequest():
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_outside_the_main_thread_the_flag_stays_false():
+    seen = []
+
+    def work():
+        with StopRequest() as stop:
+            seen.append(bool(stop))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

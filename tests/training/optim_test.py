@@ -1,0 +1,148 @@
+"""The optimisers against PyTorch's rules written out in NumPy (float64)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnn_jax.stages import OptimSpec, ParameterGroup, Spec, spec
+from bnn_jax.training.optim import group_labels, make_optimizer
+
+# Ten steps in float32 against float64; errors of 1e-7 per step, relative to values of about 1.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+STEPS = 10
+RATES = np.where(np.arange(STEPS) < 6, 0.1, 0.01)
+
+
+def parameters() -> dict:
+    rng = np.random.RandomState(0)
+    return {
+        "conv": {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)},
+        "norm": {"scale": jnp.asarray(rng.normal(size=4), jnp.float32)},
+    }
+
+
+def gradients(step: int) -> dict:
+    rng = np.random.RandomState(100 + step)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), parameters())
+
+
+def schedule(step: jax.Array) -> jax.Array:
+    return jnp.asarray(RATES, jnp.float32)[step]
+
+
+def optim_spec(optimizer: Spec, **options) -> OptimSpec:
+    return OptimSpec(optimizer, spec("constant", value=0.1), epochs=1, batch_size=1, **options)
+
+
+def train(optim: OptimSpec, *, steps: int = STEPS, unused: tuple[str, ...] = ()) -> dict:
+    params = parameters()
+    optimizer = make_optimizer(optim, params, schedule=schedule, unused_parameters=unused)
+    state = optimizer.init(params)
+    for step in range(steps):
+        changes, state = optimizer.update(gradients(step), state, params, ctx=None)
+        params = optax.apply_updates(params, changes)
+    return params
+
+
+def flat64(tree: dict) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def pytorch_sgd(*, momentum: float, nesterov: bool, weight_decay: float, clip: float | None = None) -> np.ndarray:
+    p, buffer = flat64(parameters()), None
+    for step in range(STEPS):
+        g = flat64(gradients(step))
+        if clip is not None:
+            g = g * min(1.0, clip / np.linalg.norm(g))
+        g = g + weight_decay * p
+        if momentum:
+            buffer = g if buffer is None else momentum * buffer + g
+            g = g + momentum * buffer if nesterov else buffer
+        p = p - RATES[step] * g
+    return p
+
+
+def pytorch_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> np.ndarray:
+    p = flat64(parameters())
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for step in range(STEPS):
+        g = flat64(gradients(step)) + weight_decay * p
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        denominator = np.sqrt(v / (1 - b2 ** (step + 1))) + eps
+        p = p - RATES[step] * m / (1 - b1 ** (step + 1)) / denominator
+    return p
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, False)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_sgd_follows_pytorch_with_coupled_weight_decay(momentum, nesterov, weight_decay):
+    groups = (ParameterGroup(".*", weight_decay=weight_decay),)
+    params = train(optim_spec(spec("sgd", momentum=momentum, nesterov=nesterov), groups=groups))
+    expected = pytorch_sgd(momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    np.testing.assert_allclose(flat64(params), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_adam_follows_pytorch_with_coupled_weight_decay(weight_decay):
+    options = {"b1": 0.8, "b2": 0.95, "eps": 1e-6}
+    params = train(optim_spec(spec("adam", **options), groups=(ParameterGroup(".*", weight_decay=weight_decay),)))
+    np.testing.assert_allclose(flat64(params), pytorch_adam(**options, weight_decay=weight_decay), **TOLERANCE)
+
+
+@pytest.mark.parametrize("norm", [0.5, 1e6])
+def test_the_gradient_is_clipped_before_weight_decay(norm):
+    groups = (ParameterGroup(".*", weight_decay=0.05),)
+    optim = optim_spec(spec("sgd", momentum=0.9, nesterov=True), groups=groups, gradient_clip_norm=norm)
+    expected = pytorch_sgd(momentum=0.9, nesterov=True, weight_decay=0.05, clip=norm)
+    np.testing.assert_allclose(flat64(train(optim)), expected, **TOLERANCE)
+
+
+def test_the_first_group_that_matches_takes_the_parameter():
+    groups = (ParameterGroup("kernel$"), ParameterGroup("^conv/"), ParameterGroup("norm"))
+    assert group_labels(parameters(), groups) == {"conv": {"kernel": "0"}, "norm": {"scale": "2"}}
+
+
+def test_groups_have_their_own_weight_decay_and_learning_rate():
+    groups = (ParameterGroup("kernel$", weight_decay=0.5), ParameterGroup(".*", learning_rate_scale=0.1))
+    params = train(optim_spec(spec("sgd"), groups=groups), steps=1)
+    before, g = parameters(), gradients(0)
+    kernel, scale = before["conv"]["kernel"], before["norm"]["scale"]
+    np.testing.assert_allclose(params["conv"]["kernel"], kernel - 0.1 * (g["conv"]["kernel"] + 0.5 * kernel), rtol=1e-5)
+    np.testing.assert_allclose(params["norm"]["scale"], scale - 0.01 * g["norm"]["scale"], rtol=1e-5)
+
+
+def test_a_parameter_in_no_group_is_refused_by_its_path():
+    with pytest.raises(ValueError, match=r"'norm/scale' matches none of 'kernel\$'"):
+        make_optimizer(optim_spec(spec("sgd"), groups=(ParameterGroup("kernel$"),)), parameters(), schedule=schedule)
+
+
+def test_a_group_of_learning_rate_0_is_frozen():
+    groups = (ParameterGroup("norm", weight_decay=0.5, learning_rate_scale=0.0), ParameterGroup(".*"))
+    params = train(optim_spec(spec("sgd", momentum=0.9), groups=groups))
+    np.testing.assert_array_equal(params["norm"]["scale"], parameters()["norm"]["scale"])
+    assert (params["conv"]["kernel"] != parameters()["conv"]["kernel"]).all()
+
+
+def test_no_weight_decay_moves_an_unused_parameter():
+    optim = optim_spec(spec("sgd", momentum=0.9), groups=(ParameterGroup(".*", weight_decay=0.5),))
+    params = train(optim, unused=("^norm/",))
+    np.testing.assert_array_equal(params["norm"]["scale"], parameters()["norm"]["scale"])
+    np.testing.assert_array_equal(params["conv"]["kernel"], train(optim)["conv"]["kernel"])
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'lion': accepted are sgd, adam"):
+        make_optimizer(optim_spec(spec("lion")), parameters(), schedule=schedule)
+
+
+def test_an_option_the_optimizer_does_not_have_is_refused():
+    with pytest.raises(TypeError, match="beta1"):
+        make_optimizer(optim_spec(spec("adam", beta1=0.9)), parameters(), schedule=schedule)
+
+
+def test_the_optimizer_is_built_from_shapes_alone():
+    shapes = jax.eval_shape(parameters)
+    optimizer = make_optimizer(optim_spec(spec("sgd", momentum=0.9)), shapes, schedule=schedule)
+    assert jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))

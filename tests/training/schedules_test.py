@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnn_jax.stages import spec
+from bnn_jax.training.schedules import SCHEDULES, build
+
+# Options of every entry; a new schedule needs some here.
+EXAMPLES = {
+    "constant": {"value": 0.3},
+    "piecewise": {"boundaries": (1.0, 2.0), "values": (1.0, 0.1, 0.01)},
+    "cosine": {"initial": 0.1, "warmup_epochs": 1.0},
+}
+
+
+def values(schedule, steps) -> np.ndarray:
+    return np.array([float(schedule(jnp.int32(step))) for step in steps])
+
+
+def test_every_schedule_has_examples():
+    assert set(SCHEDULES) == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_gives_a_float32_scalar_inside_and_outside_jit(name):
+    schedule = build(spec(name, **EXAMPLES[name]), steps_per_epoch=5, epochs=3)
+    for step in (0, 4, 5, 14, 15, 100):
+        value, jitted = schedule(jnp.int32(step)), jax.jit(schedule)(jnp.int32(step))
+        assert value.shape == () and value.dtype == jnp.float32
+        # jit contracts the cosine's arithmetic: a few units in the last place of its largest value, 0.1.
+        np.testing.assert_allclose(jitted, value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_traced_so_that_another_step_compiles_nothing(name):
+    schedule = jax.jit(build(spec(name, **EXAMPLES[name]), steps_per_epoch=5, epochs=3))
+    for step in range(15):
+        schedule(jnp.int32(step))
+    assert schedule._cache_size() == 1
+
+
+def test_constant_stays():
+    schedule = build(spec("constant", value=0.3), steps_per_epoch=5, epochs=3)
+    np.testing.assert_array_equal(values(schedule, range(20)), np.float32(0.3))
+
+
+def test_piecewise_changes_with_the_first_step_of_the_boundary_epoch():
+    schedule = build(spec("piecewise", boundaries=(2.0, 3.0), values=(1.0, 0.5, 0.25)), steps_per_epoch=10, epochs=4)
+    np.testing.assert_array_equal(values(schedule, (0, 19, 20, 29, 30, 1000)), [1.0, 1.0, 0.5, 0.5, 0.25, 0.25])
+
+
+def test_piecewise_takes_boundaries_inside_an_epoch():
+    schedule = build(spec("piecewise", boundaries=(0.5,), values=(1.0, 2.0)), steps_per_epoch=10, epochs=1)
+    np.testing.assert_array_equal(values(schedule, (4, 5)), [1.0, 2.0])
+
+
+def test_piecewise_without_boundaries_is_constant():
+    schedule = build(spec("piecewise", boundaries=(), values=(0.7,)), steps_per_epoch=10, epochs=1)
+    np.testing.assert_array_equal(values(schedule, (0, 9)), np.float32(0.7))
+
+
+def test_piecewise_takes_a_vector_of_steps():
+    schedule = build(spec("piecewise", boundaries=(1.0,), values=(1.0, 2.0)), steps_per_epoch=2, epochs=2)
+    np.testing.assert_array_equal(schedule(jnp.arange(4)), [1.0, 1.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"boundaries": (1.0,), "values": (1.0,)},
+        {"boundaries": (1.0,), "values": (1.0, 2.0, 3.0)},
+        {"boundaries": (2.0, 1.0), "values": (1.0, 2.0, 3.0)},
+    ],
+)
+def test_piecewise_refuses_values_that_do_not_fit_its_boundaries(options):
+    with pytest.raises(ValueError, match="one value more than boundaries"):
+        build(spec("piecewise", **options), steps_per_epoch=10, epochs=4)
+
+
+def test_cosine_falls_from_its_initial_to_its_final_value():
+    schedule = build(spec("cosine", initial=0.2, final=0.05), steps_per_epoch=10, epochs=4)
+    # Half-way the mean of the two; rounding of float32 only.
+    np.testing.assert_allclose(values(schedule, (0, 20, 40, 100)), [0.2, 0.125, 0.05, 0.05], rtol=1e-6)
+    assert (np.diff(values(schedule, range(41))) < 0).all()
+
+
+def test_cosine_rises_linearly_over_the_warm_up():
+    schedule = build(spec("cosine", initial=0.1, warmup_epochs=2.0), steps_per_epoch=10, epochs=4)
+    np.testing.assert_allclose(values(schedule, (0, 5, 10, 20)), [0.0, 0.025, 0.05, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(values(schedule, (30, 40)), [0.05, 0.0], rtol=1e-6, atol=1e-9)
+
+
+def test_an_unknown_schedule_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'linear': accepted are constant, piecewise, cosine"):
+        build(spec("linear"), steps_per_epoch=1, epochs=1)
