@@ -123,8 +123,8 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
         train=train,
         test=loaded.test,
         validation=validation,
-        mean=loaded.mean,
-        std=loaded.std,
+        mean=loaded.mean if spec.normalize else (0.0,) * len(loaded.mean),
+        std=loaded.std if spec.normalize else (1.0,) * len(loaded.std),
         augment=spec.augment,
         # An eighth of the side: the usual 4 pixels at 32x32, in proportion at other sizes.
         pad=train.images.shape[1] // 8,

@@ -61,7 +61,7 @@ def flatten_channels_first(x: jax.Array) -> jax.Array:
 
 
 def keep_feature(module: nn.Module, name: str, value: jax.Array) -> None:
-    """Hands out an intermediate feature map: the collection 'block_features' holds them in the order of the network.
+    """Hands out an intermediate feature map in the collection 'block_features'.
 
     The two streams of self-distillation are compared at these places.
     """

@@ -82,8 +82,8 @@ class HardTanhVgg(nn.Module):
 class HardTanhMlp(nn.Module):
     """Three binary dense layers and a full-precision classifier, for flattened images with pixels in [0, 1].
 
-    Forward, layer i: dense -> (dropout before the last BatchNorm) -> BatchNorm -> clip to [-1, 1]. The first layer reads the
-    pixels as they are; the others binarise their input.
+    Forward, layer i: dense -> (dropout before the last BatchNorm) -> BatchNorm -> clip to [-1, 1]. The first layer
+    reads the pixels as they are; the others binarise their input.
 
     Attributes:
       layers: layer factories.

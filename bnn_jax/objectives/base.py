@@ -33,7 +33,7 @@ class Outputs:
       logits: (N, K).
       features: (N, D), input of the classifier.
       teacher_logits: (N, K) of the teacher in evaluation mode, or None where no objective asks for it.
-      block_features: feature maps inside the network, in its order; () where no objective asks for them.
+      block_features: feature maps inside the network, sorted by path; () where no objective asks for them.
       real_features: the same of the real stream, without gradient.
     """
 

@@ -1,6 +1,7 @@
 """Self-distillation without a teacher: real-stream features, a bank of soft labels, clustering of the features.
 
-Reference: SKD-BNN, Zeng et al. 2024 (Applied Intelligence 54, 4994); release: Wzixin/SKD-BNN. The paper's text was not at
+Reference: SKD-BNN, Zeng et al. 2024 (Applied Intelligence 54, 4994); release: Wzixin/SKD-BNN. The paper's text was
+  not at
 hand; the formulas are those of the released code, section 2 of its specification.
 """
 
@@ -23,7 +24,8 @@ COSINE_EPSILON = 1e-8
 class FeatureSwap(Objective):
     """Distance of the binary features from the real stream's, averaged over all pairs of feature maps.
 
-    Forward, ``compare='channel_and_spatial'``, per pair (N, H, W, C): u is the mean over positions divided by its L2 norm, m
+    Forward, ``compare='channel_and_spatial'``, per pair (N, H, W, C): u is the mean over positions divided by its L2
+    norm, m
       the mean over channels divided by its norm, v and n the same of the real stream;
       ``(||u - v||_F / C + ||m - n||_F / (H * W)) / N`` with Frobenius norms over the whole batch.
     Forward, ``compare='elementwise'``, per pair (N, D): ``2 * ||a - r||_F / (D * N)``.
@@ -84,8 +86,8 @@ def _masked_norm(x: jax.Array, mask: jax.Array) -> jax.Array:
 class LabelBank(Objective):
     """Distillation towards the mean logits of the class, collected over the previous epoch.
 
-    Forward: ``temperature**2 * mean_n KL(softmax(bank[y_n] / T) || softmax(logits_n / T))``; 0 in the first epoch. During an
-      epoch the logits of the images classified right (before the update) are summed per class; at its end
+    Forward: ``temperature**2 * mean_n KL(softmax(bank[y_n] / T) || softmax(logits_n / T))``; 0 in the first epoch.
+      During an epoch the logits of the images classified right (before the update) are summed per class; at its end
       ``bank = sum / count``. A class that was never right keeps its row, and has no loss until it has one; with
       ``strict_release`` its row is NaN, as in the released code.
     Backward: ordinary differentiation into the logits; the bank is a constant.

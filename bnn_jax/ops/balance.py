@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def standardize(w: jax.Array) -> jax.Array:
     """Weights with mean 0 and standard deviation 1 in every output filter.
 
-    Forward: ``(w - mean(w)) / std(w)`` over all axes but the last; the standard deviation is unbiased (n - 1) and has no
-      epsilon. A constant filter becomes 0.
+    Forward: ``(w - mean(w)) / std(w)`` over all axes but the last; the standard deviation is unbiased (n - 1) and has
+      no epsilon. A constant filter becomes 0.
     Backward: ordinary differentiation, through mean and standard deviation, so that the gradient of every filter is
       orthogonal to 1 and to the centred weights.
 

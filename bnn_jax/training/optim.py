@@ -41,7 +41,9 @@ def _group_chain(optimizer: Spec, group: ParameterGroup, schedule: Schedule) -> 
         optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity(),
         _core(optimizer),
         optax.scale_by_schedule(lambda step: -group.learning_rate_scale * schedule(jnp.asarray(step))),
-        optax.stateless_with_tree_map(functools.partial(_keep_within, group.bounds)) if group.bounds else optax.identity(),
+        optax.stateless_with_tree_map(functools.partial(_keep_within, group.bounds))
+        if group.bounds
+        else optax.identity(),
     )
 
 

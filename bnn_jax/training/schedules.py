@@ -101,8 +101,14 @@ def _by_epoch(values: list[float], steps_per_epoch: int) -> Schedule:
     return lambda step: table[jnp.minimum(step // steps_per_epoch, table.size - 1)]
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": constant, "piecewise": piecewise, "cosine": cosine,
-    "cosine_by_epoch": cosine_by_epoch, "error_decay_t": error_decay_t, "error_decay_k": error_decay_k}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "piecewise": piecewise,
+    "cosine": cosine,
+    "cosine_by_epoch": cosine_by_epoch,
+    "error_decay_t": error_decay_t,
+    "error_decay_k": error_decay_k,
+}
 
 
 def build(spec: Spec, *, steps_per_epoch: int, epochs: int) -> Schedule:
