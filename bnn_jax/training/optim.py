@@ -47,7 +47,7 @@ def _group_chain(optimizer: Spec, group: ParameterGroup, schedule: Schedule) -> 
     )
 
 
-def _keep_within(bounds: tuple[float, float], update: jax.Array, parameter: jax.Array) -> jax.Array:
+def _keep_within(bounds: tuple[float, float], update: Any, parameter: Any) -> jax.Array:
     """The update after which the parameter lies within the bounds."""
     return jnp.clip(parameter + update, *bounds) - parameter
 
