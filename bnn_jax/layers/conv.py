@@ -149,7 +149,7 @@ def quantized_product(
 
 def keep_latest(module: nn.Module, collection: str, name: str, value: jax.Array) -> None:
     """Hands a value to whoever applies the network with ``collection`` mutable; without effect otherwise."""
-    module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: value)
 
 
 def _add_bias(layer: Any, y: jax.Array, fan_in: int) -> jax.Array:
