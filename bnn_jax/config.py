@@ -40,7 +40,9 @@ NOT_NEGATIVE = _range("0 or more", lambda value: value >= 0)
 SEED = _range("0 to 2,000,000,000", lambda value: 0 <= value <= 2_000_000_000)
 FRACTION = _range("0 <= value < 1", lambda value: 0 <= value < 1)
 UNIT = _range("0 <= value <= 1", lambda value: 0 <= value <= 1)
-ALL_POSITIVE = _range("numbers greater than 0", lambda values: len(values) > 0 and all(v > 0 for v in values))
+ALL_POSITIVE = _range(
+    "one or more numbers greater than 0", lambda values: len(values) > 0 and all(v > 0 for v in values)
+)
 ALL_NOT_NEGATIVE = _range("numbers of 0 or more", lambda values: all(v >= 0 for v in values))
 CHAIN_BITS = _range(
     "a falling sequence of 32, 8 to 1",
@@ -161,7 +163,7 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
 
     flat = flatten(config)
     method = flat.get("method")
-    if method not in SECTIONS:
+    if not isinstance(method, str) or method not in SECTIONS:
         raise UserError(f"config.method={method!r}: accepted are {', '.join(SECTIONS)}")
     schema = {**COMMON, **SECTIONS[method]}
     for key in flat:
@@ -192,25 +194,28 @@ def _check(key: str, value: Any, rule: Key) -> Any:
         if rule.optional:
             return None
         raise UserError(f"config.{key} is empty: accepted is {_describe(rule)}")
-    if rule.kind is tuple:
-        if not isinstance(value, (tuple, list)):
-            raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
-        value = tuple(_number(key, item, rule.item, rule) for item in value)
-    else:
-        value = _number(key, value, rule.kind, rule)
-    if rule.accepted is not None and not _accepts(rule.accepted, value):
+    typed = _in_type(value, rule)
+    if typed is None or (rule.accepted is not None and not _accepts(rule.accepted, typed)):
         raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
-    return value
+    return typed
 
 
-def _number(key: str, value: Any, kind: type | None, rule: Key) -> Any:
-    """``value`` as ``kind``: an int is a float too, a bool is no number, NaN and infinity are refused."""
+def _in_type(value: Any, rule: Key) -> Any:
+    """The value in the rule's type, or None if it is of another."""
+    if rule.kind is not tuple:
+        return _convert(value, rule.kind)
+    if not isinstance(value, (tuple, list)):
+        return None
+    items = tuple(_convert(item, rule.item or object) for item in value)
+    return None if None in items else items
+
+
+def _convert(value: Any, kind: type) -> Any:
+    """``value`` as ``kind``, else None: an int is a float too, a bool is no number, nor are NaN and infinity."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    fits = isinstance(value, kind or object) and not (kind in (int, float) and isinstance(value, bool))
-    if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"config.{key}={value!r}: accepted is {_describe(rule)}")
-    return value
+    fits = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
+    return value if fits and not (isinstance(value, float) and not math.isfinite(value)) else None
 
 
 def _accepts(accepted: tuple, value: Any) -> bool:

@@ -44,9 +44,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged; move it away to make it anew") from None
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged; move it away to make it anew")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

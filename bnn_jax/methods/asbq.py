@@ -5,9 +5,10 @@ the rung before, not its masks, running statistics or optimiser state. 5 % of th
 convolution are masked (VGG-Small: of the 1x2 blocks). Three presets answer the questions on which paper and released
 code differ:
 
-  paper       truly binary last rung, masks from the copied weights applied after quantization, distillation (weight
-  0.5) release     as the code at its last commit: "1-bit" weights with several levels, random masks before
-  quantization, no distillation checkpoint  as release, with the block the published 4-bit checkpoint was trained with
+  paper: truly binary last rung; masks from the copied weights, applied after quantization; distillation (weight 0.5).
+  release: as the code at its last commit: "1-bit" weights with several levels, random masks before quantization, no
+    distillation.
+  checkpoint: as release, with the block the published 4-bit checkpoint was trained with.
 
 Reference: Xu et al., "Adaptive Multi-bit Progressive Quantization for Stable Training of Binary Neural Networks";
   release: Luadoo/ASBQ.
@@ -68,9 +69,8 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     switches = {key: value if asbq[key] is None else asbq[key] for key, value in preset.items()}
     network = config["network"]
     if network in IMAGENET_NETWORKS:
-        if asbq["preset"] == "checkpoint" or asbq["block"] not in (None, "imagenet"):
-            block = asbq["block"] or "checkpoint"
-            raise UserError(f"config.asbq.block={block!r}: accepted with network {network!r} is 'imagenet'")
+        if switches["block"] == "checkpoint" or asbq["block"] not in (None, "imagenet"):
+            raise UserError(f"config.asbq.block={switches['block']!r}: accepted with network {network!r} is 'imagenet'")
         switches["block"] = "imagenet"
     elif network in PLAIN_NETWORKS:
         if asbq["block"] is not None:

@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -241,7 +241,7 @@ class StageLoop:
             top1=100.0 * sums["correct"] / count,
         )
 
-    def _refuse_non_finite(self, step: int) -> None:
+    def _refuse_non_finite(self, step: int) -> NoReturn:
         self.store.wait()
         records = metrics.read(self.metrics_path)
         last = {key: records[-1][key] for key in ("epoch", "train_loss", "test_top1")} if records else "none yet"
@@ -299,7 +299,7 @@ class StageLoop:
         chosen = None if selection is None else {"selection_top1": selection}
         self.store.save(state, meta=meta, metrics=chosen)
 
-    def _save_and_stop(self, state: TrainState, clock: EpochClock, stop: StopRequest, *, evaluated: bool) -> None:
+    def _save_and_stop(self, state: TrainState, clock: EpochClock, stop: StopRequest, *, evaluated: bool) -> NoReturn:
         self._pending.clear()
         step = int(state.step)
         if int(state.metric_sums["non_finite_step"]) >= 0:

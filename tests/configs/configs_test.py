@@ -1,0 +1,178 @@
+"""Every file of ``configs/``: its stages are the recorded ones, and every stage runs one training step in shapes.
+
+``UPDATE_GOLDEN=1 pytest tests/configs`` records the stages anew: a changed hyper-parameter then shows in the diff.
+"""
+
+import functools
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnn_jax import data, networks
+from bnn_jax.assembly import Run, assemble
+from bnn_jax.config import validate
+from bnn_jax.data.base import ResidentSource, Split
+from bnn_jax.quantizers.base import Shape
+from bnn_jax.stages import QuantSpec, Spec, Stage, parse_reference, to_json
+from bnn_jax.training import create
+from bnn_jax.training.devices import all_devices
+from bnn_jax.training.state import TrainState
+from bnn_jax.training.steps import Constants, train_step
+from tests.conftest import ROOT
+
+GOLDEN = Path(__file__).parent
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
+VARIANTS = ("", "smoke")
+UPDATE = os.environ.get("UPDATE_GOLDEN") == "1"
+
+each_config = pytest.mark.parametrize("name", NAMES)
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=["full", "smoke"])
+
+
+def run_of(name: str, variant: str = "") -> Run:
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    return Run(validate(config.to_dict()), Path("unused"))
+
+
+# ---- the stages as data
+
+
+@each_config
+def test_the_stages_are_the_recorded_ones(name):
+    path = GOLDEN / f"{name}.json"
+    stages = [to_json(stage) for stage in run_of(name).stages]
+    if UPDATE:
+        path.write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
+    assert path.exists(), f"record the new config with UPDATE_GOLDEN=1 pytest {Path(__file__).relative_to(ROOT)}"
+    assert json.loads(json.dumps(stages)) == json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_nothing_is_recorded_of_configs_that_are_gone():
+    assert {path.stem for path in GOLDEN.glob("*.json")} <= set(NAMES)
+
+
+@each_config
+def test_the_smoke_variant_runs_two_steps_a_stage_on_generated_images(name):
+    full, smoke = run_of(name), run_of(name, "smoke")
+    assert [stage.name for stage in smoke.stages] == [stage.name for stage in full.stages]
+    for stage in smoke.stages:
+        assert stage.data.name == "synthetic" and stage.optim.epochs == 1
+        assert stage.data.num_train == 2 * stage.optim.batch_size
+
+
+@each_config
+def test_another_variant_is_refused(name):
+    with pytest.raises(ValueError, match="accepted behind the colon is 'smoke'"):
+        importlib.import_module(f"configs.{name}").get_config("smok")
+
+
+@each_config
+def test_the_header_says_what_it_is_compared_with_and_how_to_run_it(name):
+    header = importlib.import_module(f"configs.{name}").__doc__
+    assert f"--config=configs/{name}.py" in header
+    assert "ublished" in header or "compare" in header
+
+
+@each_config
+@each_variant
+def test_runs_have_folders_of_their_own(name, variant):
+    names = [run_of(other, v).config["name"] for other in NAMES for v in VARIANTS]
+    assert names.count(run_of(name, variant).config["name"]) == 1
+
+
+# ---- one training step in shapes
+
+
+def stand_in(stage: Stage) -> ResidentSource:
+    """A source of the stage's image shape and classes, with a handful of images that nothing looks at."""
+    image_shape, num_classes = data.describe(stage.data)
+    images = Split(np.zeros((4, *image_shape), np.uint8), np.zeros(4, np.int32))
+    return ResidentSource(
+        name=stage.data.name,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        train=images,
+        test=images,
+        validation=None,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        augment=stage.data.augment,
+        pad=image_shape[0] // 8,
+        fingerprint="",
+    )
+
+
+@functools.cache
+def variable_shapes(network: Spec, quant: QuantSpec, described: tuple[Shape, int], compute_dtype: str) -> Any:
+    """Shapes of the variables of a network; rungs and variants share many of them, and a trace takes a second."""
+    image_shape, num_classes = described
+    built = networks.build(network, quant, num_classes=num_classes, compute_dtype=compute_dtype)
+    return create.variable_shapes(built, image_shape)
+
+
+def variable_shapes_of(stage: Stage) -> Any:
+    return variable_shapes(stage.network, stage.quant, data.describe(stage.data), stage.compute_dtype)
+
+
+@functools.cache
+def shapes_of_one_step(name: str, index: int) -> tuple[TrainState, TrainState, dict[str, Any]]:
+    """Shapes of the state of a stage before and after a step, and of the step's metrics."""
+    run = run_of(name)
+    stage = run.stages[index]
+    assembly = assemble(run, stage, stand_in(stage))
+    source = assembly.source
+    teacher = {} if stage.teacher is None else variable_shapes_of(run.find(parse_reference(stage.teacher).target))
+    constants = Constants(
+        images=jax.ShapeDtypeStruct(source.train.images.shape, jnp.uint8),
+        labels=jax.ShapeDtypeStruct(source.train.labels.shape, jnp.int32),
+        teacher=teacher,
+    )
+    rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
+    before = assembly.state_shapes(all_devices())
+    after, metrics = jax.eval_shape(functools.partial(train_step, assembly.parts), before, constants, *rows)
+    return before, after, metrics
+
+
+def shapes_and_types(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+@each_config
+@pytest.mark.parametrize("index", [0, 1, -1], ids=["first", "second", "last"])
+def test_a_stage_runs_a_training_step_in_shapes(name, index):
+    before, after, metrics = shapes_of_one_step(name, index)
+    # A step that changed a shape or a type would compile again, or could not be restored.
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    assert shapes_and_types(after) == shapes_and_types(before)
+    assert {value.shape for value in metrics.values()} == {()}
+
+
+def program_of(stage: Stage) -> tuple[Any, ...]:
+    """What the program of a training step depends on, besides the numbers of its schedules."""
+    parts = (stage.network, stage.quant, stage.objectives, stage.optim.optimizer, stage.optim.groups, stage.teacher)
+    return (*parts, stage.knobs, stage.compute_dtype, data.describe(stage.data))
+
+
+@each_config
+def test_the_smoke_variant_runs_the_same_programs(name):
+    # So that what holds for the shapes of the one holds for those of the other.
+    assert [program_of(s) for s in run_of(name, "smoke").stages] == [program_of(s) for s in run_of(name).stages]
+
+
+@each_config
+def test_a_stage_starts_from_variables_of_the_shapes_it_copies(name):
+    run = run_of(name)
+    for stage in run.stages:
+        if stage.init_from is None:
+            continue
+        before = run.find(parse_reference(stage.init_from).target)
+        for collection in stage.transfer:
+            copied, own = (shapes_and_types(variable_shapes_of(s)[collection]) for s in (before, stage))
+            assert own == copied
