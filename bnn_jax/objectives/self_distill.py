@@ -36,7 +36,7 @@ class FeatureSwap(Objective):
       compare: how a pair is compared.
 
     Raises:
-      ValueError: an unknown comparison.
+      ValueError: an unknown comparison; when called, a network that hands out no features.
     """
 
     compare: str = "channel_and_spatial"
@@ -49,6 +49,8 @@ class FeatureSwap(Objective):
             raise ValueError(f"feature_swap: compare={self.compare!r}: accepted are {', '.join(COMPARISONS)}")
 
     def __call__(self, outputs: Outputs, batch: Batch, state: dict, ctx: QuantContext) -> jax.Array:
+        if not outputs.block_features:
+            raise ValueError("feature_swap: the network hands out no features; networks.base.keep_feature does")
         compare = channel_and_spatial_distance if self.compare == "channel_and_spatial" else elementwise_distance
         pairs = zip(outputs.block_features, outputs.real_features, strict=True)
         return jnp.mean(jnp.stack([compare(a, jax.lax.stop_gradient(r), batch.mask) for a, r in pairs]))

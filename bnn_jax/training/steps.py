@@ -155,13 +155,14 @@ def forward(
     if with_real_stream:
         # The second pass reads the outputs of the first, changes nothing and carries no gradient.
         _, real = parts.network.apply(
-            jax.lax.stop_gradient({**variables, "taps": updates["taps"]}),
+            # Without any quantized layer there is nothing to read: the two streams are then the same.
+            jax.lax.stop_gradient({**variables, "taps": updates.get("taps", {})}),
             images,
             ctx.replace(stream="real"),
             mutable=["block_features"],
             rngs={"quant": jax.random.fold_in(key, REAL_STREAM)},
         )
-        features = (jax.tree.leaves(collection["block_features"]) for collection in (updates, real))
+        features = (jax.tree.leaves(collection.get("block_features", {})) for collection in (updates, real))
         outputs = outputs.replace(block_features=tuple(next(features)), real_features=tuple(next(features)))
     return outputs, {name: updates[name] for name in ("batch_stats", "quant_state") if name in updates}
 
