@@ -187,7 +187,8 @@ class _Convolution:
             self.padding,
             dimension_numbers=LAYOUT,
             feature_group_count=self.groups,
-            preferred_element_type=jnp.float32,
+            # bfloat16 operands give float32 sums; wider operands keep their type.
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
         )
 
 
