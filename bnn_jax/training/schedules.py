@@ -75,12 +75,20 @@ def cosine_by_epoch(
       steps_per_epoch: optimiser steps in an epoch.
       epochs: E.
     """
+    values = cosine_by_epoch_values(initial=initial, final=final, warmup_epochs=warmup_epochs, epochs=epochs)
+    return _by_epoch(values, steps_per_epoch)
+
+
+def cosine_by_epoch_values(
+    *, initial: float, final: float = 0.0, warmup_epochs: int = 0, epochs: int
+) -> list[float]:
+    """The value of every epoch, in double precision; see ``cosine_by_epoch``."""
     falling = [
         final + (initial - final) * 0.5 * (1 + math.cos(math.pi * (e - warmup_epochs) / max(epochs - warmup_epochs, 1)))
         for e in range(epochs)
     ]
     rising = [initial * (e + 1) / (warmup_epochs + 1) for e in range(min(warmup_epochs + 1, epochs))]
-    return _by_epoch(rising + falling[len(rising) :], steps_per_epoch)
+    return rising + falling[len(rising) :]
 
 
 def error_decay_t(*, steps_per_epoch: int, epochs: int) -> Schedule:
