@@ -491,7 +491,7 @@ def test_other_names_of_the_same_modules_are_read(name, ndim, path):
 
 
 def test_an_array_under_two_names_of_its_module_is_an_error():
-    with pytest.raises(CheckpointError, match="two arrays of the file belong to 'params/fc/bias'"):
+    with pytest.raises(CheckpointError, match="two arrays of the file belong to params/fc/bias"):
         import_weights.convert_names({"linear.bias": np.zeros(2), "fc.bias": np.zeros(2)})
 
 

@@ -71,9 +71,9 @@ def bank_state(bank: np.ndarray, *, epochs: int = 1) -> dict[str, jax.Array]:
     """State of the label bank at the beginning of an epoch: the rows of the epoch before, empty sums."""
     classes = len(bank)
     return {
-        "bank": jnp.asarray(bank, jnp.float32),
+        "bank": jnp.asarray(bank),
         "known": jnp.ones((classes,), bool),
-        "sum": jnp.zeros((classes, classes), jnp.float32),
+        "sum": jnp.zeros((classes, classes), bank.dtype),
         "count": jnp.zeros((classes,), jnp.float32),
         "epochs": jnp.int32(epochs),
     }
@@ -153,6 +153,8 @@ def record_step(
       bank: (K, K), rows of the epoch before.
       knobs: schedules by name.
       log_gradient_norms: whether the gradient norm of each term is measured.
+
+    Float64 inputs are computed in float64 where JAX is set to it.
     """
     terms = (*terms, KeepOutputs(weight=0.0))
     optimizer = keep_gradients()
