@@ -115,8 +115,7 @@ def quantized_product(
     Forward, stream 'quant': ``y = multiply(act_quantizer(x), weight_quantizer(kernel))``; y is kept in the collection
       'taps' if the caller asks for that collection.
     Forward, stream 'real': ``|y| * sign(multiply(x, real_kernel))`` with the y of the first pass, read from 'taps':
-    only
-      the sign comes from real values. A layer whose weights are not quantized works as in the stream 'quant'.
+      only the sign comes from real values. A layer whose weights are not quantized works as in the stream 'quant'.
     Backward: the stream 'real' has no gradient.
 
     Args:

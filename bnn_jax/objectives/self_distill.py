@@ -1,8 +1,7 @@
 """Self-distillation without a teacher: real-stream features, a bank of soft labels, clustering of the features.
 
-Reference: SKD-BNN, Zeng et al. 2024 (Applied Intelligence 54, 4994); release: Wzixin/SKD-BNN. The paper's text was
-  not at
-hand; the formulas are those of the released code, section 2 of its specification.
+Reference: SKD-BNN, Zeng et al. 2024 (Applied Intelligence 54, 4994); release: Wzixin/SKD-BNN. The paper's text was not
+at hand; the formulas are those of the released code, section 2 of its specification.
 """
 
 import dataclasses
@@ -25,8 +24,7 @@ class FeatureSwap(Objective):
     """Distance of the binary features from the real stream's, averaged over all pairs of feature maps.
 
     Forward, ``compare='channel_and_spatial'``, per pair (N, H, W, C): u is the mean over positions divided by its L2
-    norm, m
-      the mean over channels divided by its norm, v and n the same of the real stream;
+      norm, m the mean over channels divided by its norm, v and n the same of the real stream;
       ``(||u - v||_F / C + ||m - n||_F / (H * W)) / N`` with Frobenius norms over the whole batch.
     Forward, ``compare='elementwise'``, per pair (N, D): ``2 * ||a - r||_F / (D * N)``.
     Backward: into the binary features only, its norms constant; exactly 0 where the difference is 0.
@@ -100,6 +98,9 @@ class LabelBank(Objective):
       strict_release: NaN rows for classes that were never right.
       log_softmax: the bank collects log-probabilities instead of logits.
       reset_each_epoch: the bank is cleared at the start of every epoch, which makes the target uniform.
+
+    Raises:
+      ValueError: a temperature that is not positive.
     """
 
     temperature: float = 4.0
@@ -108,6 +109,10 @@ class LabelBank(Objective):
     reset_each_epoch: bool = False
 
     name = "label_bank"
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"label_bank: temperature={self.temperature!r}: accepted are positive numbers")
 
     def init(self, num_classes: int) -> dict[str, jax.Array]:
         return {
@@ -119,8 +124,10 @@ class LabelBank(Objective):
         }
 
     def __call__(self, outputs: Outputs, batch: Batch, state: dict, ctx: QuantContext) -> jax.Array:
-        # Rows are gathered, not multiplied by one-hot labels: a NaN row must not reach the other classes.
-        rows = divergence(outputs.logits, state["bank"][batch.labels], self.temperature)
+        # Rows are gathered, not multiplied by one-hot labels: a NaN row must not reach the other classes. Rows that
+        # only fill up the batch get zeros: even multiplied by 0 a NaN would reach the gradient.
+        targets = jnp.where(batch.mask[:, None], state["bank"][batch.labels], 0.0)
+        rows = divergence(outputs.logits, targets, self.temperature)
         rows = jnp.where(state["known"][batch.labels] & batch.mask, rows, 0.0)
         count = jnp.maximum(jnp.sum(batch.mask.astype(rows.dtype)), 1)
         return jnp.where(state["epochs"] > 0, self.temperature**2 * jnp.sum(rows) / count, 0.0)
