@@ -79,9 +79,7 @@ def cosine_by_epoch(
     return _by_epoch(values, steps_per_epoch)
 
 
-def cosine_by_epoch_values(
-    *, initial: float, final: float = 0.0, warmup_epochs: int = 0, epochs: int
-) -> list[float]:
+def cosine_by_epoch_values(*, initial: float, final: float = 0.0, warmup_epochs: int = 0, epochs: int) -> list[float]:
     """The value of every epoch, in double precision; see ``cosine_by_epoch``."""
     falling = [
         final + (initial - final) * 0.5 * (1 + math.cos(math.pi * (e - warmup_epochs) / max(epochs - warmup_epochs, 1)))
