@@ -49,12 +49,20 @@ def add_extra_objectives(config: Mapping[str, Any], stages: tuple[Stage, ...]) -
     if weights and len(weights) != len(names):
         raise UserError(f"config.extra_objective_weights={weights!r}: accepted is none, or one for each of {names!r}")
     weights = weights or tuple(EXTRA_OBJECTIVE_WEIGHTS[name] for name in names)
-    extra = tuple(spec(name, weight=weight) for name, weight in zip(names, weights))
     first = len(stages) - 1 if config["extra_objectives_on"] == "last_stage" else 0
     for stage in stages[first:]:
         twice = {term.name for term in stage.objectives} & set(names)
         if twice:
             raise UserError(f"config.extra_objectives: {sorted(twice)[0]!r} is part of stage {stage.name} already")
-    return stages[:first] + tuple(
-        dataclasses.replace(stage, objectives=stage.objectives + extra) for stage in stages[first:]
-    )
+
+    def extended(stage: Stage) -> Stage:
+        extra = tuple(_extra_objective(stage, *choice) for choice in zip(names, weights))
+        return dataclasses.replace(stage, objectives=stage.objectives + extra)
+
+    return stages[:first] + tuple(extended(stage) for stage in stages[first:])
+
+
+def _extra_objective(stage: Stage, name: str, weight: float) -> Spec:
+    # Features of a dense layer have no positions to average over.
+    flat = name == "feature_swap" and stage.network.name == "hardtanh_mlp"
+    return spec(name, weight=weight, **({"compare": "elementwise"} if flat else {}))

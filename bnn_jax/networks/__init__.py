@@ -1,6 +1,7 @@
 """Table of the networks, and the one function that builds them from a ``Spec``."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,10 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
         inner_dense=functools.partial(QuantDense, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
         act=act,
     )
+    known = inspect.signature(NETWORKS[spec.name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"network {spec.name!r} has no option {option!r}")
     return NETWORKS[spec.name](layers=layers, num_classes=num_classes, **options)
 
 

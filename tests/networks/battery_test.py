@@ -234,6 +234,8 @@ def test_training_changes_every_running_statistic(kind: str) -> None:
     [
         (spec("resnet9"), "network 'resnet9': accepted are resnet8"),
         (spec("resnet8", block="nosuch"), "block 'nosuch': accepted are release"),
+        (spec("resnet8", depth=3), "network 'resnet8' has no option 'depth'"),
+        (spec("hardtanh_mlp", block="release"), "network 'hardtanh_mlp' has no option 'block'"),
         (spec("resnet8", kernel_init="nosuch"), "kernel_init 'nosuch': accepted are uniform, he_normal"),
     ],
 )
