@@ -88,10 +88,9 @@ def skd() -> ml_collections.ConfigDict:
 
 
 def smoke(config: ml_collections.ConfigDict, *, image_size: int, num_classes: int) -> ml_collections.ConfigDict:
-    """Two steps per stage on generated images of the real size: shows that a config runs, needs no data set."""
+    """Two steps per epoch on generated images of the real size: shows that a config runs, needs no data set."""
     config.name = f"{config.name}_smoke"
     config.data.name = "synthetic"
-    config.data.normalize = True  # whether the channels are normalised; else pixels stay in [0, 1]
     config.data.image_size = image_size
     config.data.num_classes = num_classes
     config.data.num_train = 16
