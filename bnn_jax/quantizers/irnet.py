@@ -31,16 +31,21 @@ class IrNetWeight(WeightQuantizer):
 
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         standardized = balance.standardize(latent)
-        return balance.power_of_two_scale(standardized) * error_decay_sign(standardized, ctx)
+        return _filter_scale(standardized) * error_decay_sign(standardized, ctx)
 
     def real_kernel(self, latent: jax.Array) -> jax.Array:
         return balance.standardize(latent)
 
     def code_scale(self, latent: jax.Array) -> jax.Array:
-        return balance.power_of_two_scale(balance.standardize(latent))
+        return _filter_scale(balance.standardize(latent))
 
     def encode(self, latent: jax.Array) -> Encoded:
         return encode_integers(jnp.sign(balance.standardize(latent)), self.code_scale(latent), -1, 1)
+
+
+def _filter_scale(standardized: jax.Array) -> jax.Array:
+    """The power-of-two scale of every output filter, with as many axes as the kernel: (1, ..., 1, O)."""
+    return jnp.expand_dims(balance.power_of_two_scale(standardized), tuple(range(standardized.ndim - 1)))
 
 
 class SignWeight(WeightQuantizer):
