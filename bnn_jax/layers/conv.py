@@ -205,7 +205,7 @@ def convolve_codes(
       x: (N, H, W, I), float32.
       kernel: (kh, kw, I, O), float32.
       x_scale: scalar.
-      kernel_scale: scalar, or broadcastable to (O,).
+      kernel_scale: scalar, or (1, 1, 1, O).
     """
     return _convolve_codes(convolve, x, kernel, jnp.float32(x_scale), jnp.asarray(kernel_scale, jnp.float32))
 
