@@ -62,7 +62,7 @@ def test_the_knobs_change_the_gradient_and_never_the_value() -> None:
     w = weights()
     values, gradients = zip(
         *(
-            jax.value_and_grad(lambda w, ctx=ctx: jnp.sum(jnp.sin(jnp.arange(6.0)) * quantize(w, ctx) * w))(w)
+            jax.value_and_grad(lambda w, ctx=ctx: jnp.sum(jnp.sin(jnp.arange(6.0))[None, None, None] * quantize(w, ctx) * w))(w)
             for ctx in (knobs(10.0, 0.1), knobs(1.0, 8.0), QuantContext())
         ),
         strict=True,
