@@ -12,12 +12,12 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --config.KEY=VALUE     replaces one value, e.g. --config.train.batch_size=64
                          --config.data.data_dir=DIR  (keys: configs/common.py)
   --workdir=DIR          run folder (default runs/<config name>)
-  --mode=MODE            train      train all stages; skips finished ones, goes on with interrupted ones
+  --mode=MODE            train      train all stages; skips finished, goes on with interrupted ones
                          evaluate   accuracy on the test images
                          summary    parameters, bits and operations per layer
                          report     table and picture of the finished stages
                          (default train)
-  --stage=NAME           train: train this stage again, and all after it; old results are moved aside
+  --stage=NAME           train: train this stage and all after it again; moves old results aside
                          evaluate: which stage, NAME or NAME@best; summary: which stage
   --checkpoint=PATH      evaluate: a PyTorch file (.pth, .pth.tar, .th) or a checkpoint folder
   --fresh                train: move an existing run folder aside and start anew
@@ -45,8 +45,15 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {command_line.one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, NonFiniteLossError) else 2
+    except OSError as error:
+        # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
+        from bnn_jax.run_folder import describe_os_error
+
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{describe_os_error(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("stopped before training began; nothing was lost", file=sys.stderr)
+        print("stopped; what was saved is kept, the same command goes on from there", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

@@ -36,13 +36,15 @@ def parse(argv: Sequence[str]) -> Any:
     _check_override_keys(argv, config)
     values = _define_flags()
     # config_flags looks for overrides in sys.argv, not in what it is given.
-    sys.argv = argv
+    previous, sys.argv = sys.argv, argv
     try:
         rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise UserError(_describe_illegal_value(one_line(error), config)) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"command line: {one_line(error)}; --help lists the options") from None
+    finally:
+        sys.argv = previous
     if rest:
         raise UserError(f"command line: {rest[0]!r} is no option; --help lists the options")
     if values.mode not in MODES:

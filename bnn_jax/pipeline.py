@@ -50,7 +50,7 @@ def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> li
     """
     check(run)
     again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
-    if fresh:
+    if fresh and run.folder.exists():
         with run_folder.locked(run.folder):
             _move_aside(run.folder)
     with run_folder.locked(run.folder):
@@ -70,7 +70,12 @@ def check(run: Run) -> None:
     image_shape, num_classes = data.describe(run.stages[0].data)
     for stage in run.stages:
         build_objectives(stage)
-        create.variable_shapes(run.network(stage, num_classes=num_classes), image_shape)
+        network = run.network(stage, num_classes=num_classes)
+        try:
+            create.variable_shapes(network, image_shape)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
+            raise UserError(f"stage {stage.name}: {what}: {error}") from error
 
 
 def _move_aside(path: Path) -> None:
@@ -93,8 +98,9 @@ def _train_stage(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     if stop:
         raise Interrupted(f"stopped before stage {stage.name}; the same command goes on from there", stop.signal_number)
     folder = run.stage_folder(stage)
-    folder.mkdir(exist_ok=True)
     assembly = assemble(run, stage, run.load_data(stage))
+    # Only now: a run whose images cannot be read leaves nothing that a corrected config would have to respect.
+    folder.mkdir(exist_ok=True)
     started = time.monotonic()
     with CheckpointStore(folder / run_folder.CHECKPOINTS) as store:
         state = _fit(run, assembly, store, stop)
@@ -192,6 +198,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
     if checkpoint is not None:
         stage = run.find(name) if name else run.stages[-1]
     else:
+        run_folder.check_owner(run.folder, run.config, run.stages)
         stage = run.find(name) if name else _last_finished(run)
     # The variables are read before the images: a wrong checkpoint shows at once.
     image_shape, num_classes = data.describe(stage.data)
@@ -231,6 +238,7 @@ def report(run: Run) -> dict[str, Any]:
     Raises:
       UserError: no stage is finished.
     """
+    run_folder.check_owner(run.folder, run.config, run.stages)
     results, records = [], {}
     for stage in run.stages:
         result = run_folder.read_result(run.stage_folder(stage))

@@ -23,7 +23,7 @@ from bnn_jax.stages import Stage, differing_keys, to_json
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 MOST_KEYS_SHOWN = 5
-CHECKPOINTS, METRICS, RESULT = "checkpoints", "metrics.jsonl", "result.json"
+CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.jsonl", "result.json"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -64,29 +64,49 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:
-    """Makes the folder this run's, or checks that it is.
+    """Makes the folder this run's, or checks that it is. A folder without any stage's folder is taken over.
 
     Raises:
-      UserError: the folder holds a run of another config (the differing keys are named), or cannot be written.
+      UserError: the folder holds a run of another config (the differing keys are named).
     """
-    content = {"config": to_json_config(config), "stages": [to_json(stage) for stage in stages]}
-    path = workdir / "config.json"
+    path = workdir / CONFIG
+    rows = _differences(path, config, stages)
+    if rows and any(workdir.glob("[0-9][0-9]_*")):
+        raise UserError(f"{_describe_differences(path, rows)}; choose another --workdir, or --fresh to move it aside")
+    if rows or not path.exists():
+        write_json(path, {**_content(config, stages), **provenance()})
+
+
+def check_owner(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:
+    """Checks that what the folder holds, if anything, is of this config.
+
+    Raises:
+      UserError: it is of another config (the differing keys are named).
+    """
+    if rows := _differences(workdir / CONFIG, config, stages):
+        raise UserError(f"{_describe_differences(workdir / CONFIG, rows)}; give the same config and overrides")
+
+
+def _content(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
+    return {"config": to_json_config(config), "stages": [to_json(stage) for stage in stages]}
+
+
+def _differences(path: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> list[str]:
+    """Keys in which a run's config.json differs from a config, but for where and how it runs; none without a file."""
     existing = read_json(path)
     if existing is None:
-        write_json(path, {**content, **provenance()})
-        return
-    old, new = (flatten(c) for c in (existing.get("config", {}), content["config"]))
-    old, new = ({k: v for k, v in c.items() if k not in LOCATION_KEYS} for c in (old, new))
-    rows = differing_keys(old, new)
-    if not rows:
-        rows = differing_keys(existing.get("stages"), content["stages"], "stages")
-    if rows:
-        more = f" and {len(rows) - MOST_KEYS_SHOWN} more" if len(rows) > MOST_KEYS_SHOWN else ""
-        shown = ", ".join(f"config.{row}" if not row.startswith("stages") else row for row in rows[:MOST_KEYS_SHOWN])
-        raise UserError(
-            f"{workdir} holds a run of another config: {shown}{more}; choose another --workdir, or --fresh to move it "
-            "aside"
-        )
+        return []
+    new = _content(config, stages)
+    flat_old, flat_new = (
+        {f"config.{key}": value for key, value in flatten(config).items() if key not in LOCATION_KEYS}
+        for config in (existing.get("config", {}), new["config"])
+    )
+    return differing_keys(flat_old, flat_new) or differing_keys(existing.get("stages"), new["stages"], "stages")
+
+
+def _describe_differences(path: Path, rows: list[str]) -> str:
+    more = f" and {len(rows) - MOST_KEYS_SHOWN} more" if len(rows) > MOST_KEYS_SHOWN else ""
+    return f"{path.parent} holds a run of another config: {', '.join(rows[:MOST_KEYS_SHOWN])}{more}"
 
 
 def to_json_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,9 +115,15 @@ def to_json_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def move_aside(path: Path) -> Path | None:
-    """Renames a file or folder to ``<name>.old-<N>`` with the first free N; None where there is nothing."""
+    """Renames a file or folder to ``<name>.old-<N>`` with the first free N; None where there is nothing.
+
+    Raises:
+      UserError: the path is '.' or '/', which have no name to change.
+    """
     if not path.exists():
         return None
+    if not path.name:
+        raise UserError(f"{path} cannot be moved aside; name the folder itself")
     number = 1
     while (target := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1

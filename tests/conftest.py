@@ -14,6 +14,8 @@ for name, value in {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    # An array with fewer axes than its partner is a mistake more often than an intention.
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
 }.items():
     os.environ.setdefault(name, value)
 

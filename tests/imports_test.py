@@ -124,3 +124,20 @@ def test_a_wrong_import_is_found(part: str, source: str) -> None:
 
 def test_relative_imports_inside_a_package_are_allowed() -> None:
     assert violations("training", imported_names("from .state import TrainState", ["bnn_jax", "training"])) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_configs_are_plain_values_without_the_library(path: pathlib.Path) -> None:
+    tops = {name.split(".")[0] for name in imported_names(path.read_text(), ["configs"])}
+    assert tops - sys.stdlib_module_names <= {"configs", "ml_collections"}
+
+
+def test_launch_imports_nothing_heavy_before_it_has_read_the_flags() -> None:
+    # Importing jax, flax, orbax and tfds takes seconds; ``--help`` has to be quick.
+    top_level = [
+        node
+        for node in ast.parse((ROOT / "launch.py").read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    tops = {name.split(".")[0] for node in top_level for name in imported_names(ast.unparse(node), [])}
+    assert tops - sys.stdlib_module_names <= {"absl"}

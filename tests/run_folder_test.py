@@ -23,6 +23,14 @@ def claim(folder: Path, **changes: Any) -> None:
     run_folder.claim(folder, chosen, methods.build(chosen))
 
 
+@pytest.fixture
+def started(tmp_path) -> Path:
+    """The folder of a run whose first stage was started."""
+    claim(tmp_path)
+    (tmp_path / "00_w32a32").mkdir()
+    return tmp_path
+
+
 # ---- whose folder it is
 
 
@@ -35,33 +43,37 @@ def test_a_new_folder_gets_the_config_the_stages_and_where_they_come_from(tmp_pa
     assert "git_commit" in content
 
 
-def test_the_same_config_may_go_on(tmp_path):
-    claim(tmp_path)
-    before = (tmp_path / "config.json").read_bytes()
-    claim(tmp_path)
-    assert (tmp_path / "config.json").read_bytes() == before
+def test_the_same_config_may_go_on(started):
+    before = (started / "config.json").read_bytes()
+    claim(started)
+    assert (started / "config.json").read_bytes() == before
 
 
-def test_another_config_is_refused_with_the_differing_keys(tmp_path):
-    claim(tmp_path)
+def test_another_config_is_refused_with_the_differing_keys(started):
     with pytest.raises(UserError) as error:
-        claim(tmp_path, **{"train.batch_size": 4, "asbq.kd_weight": 0.25})
+        claim(started, **{"train.batch_size": 4, "asbq.kd_weight": 0.25})
     message = str(error.value)
-    assert message.startswith(f"{tmp_path} holds a run of another config: ")
+    assert message.startswith(f"{started} holds a run of another config: ")
     assert "config.asbq.kd_weight: null -> 0.25" in message
     assert "config.train.batch_size: 8 -> 4" in message
     assert "--workdir" in message and "--fresh" in message and "\n" not in message
 
 
-def test_many_differing_keys_are_counted(tmp_path):
-    claim(tmp_path)
+def test_many_differing_keys_are_counted(started):
     changes = {f"train.{key}": value for key, value in (("batch_size", 4), ("momentum", 0.5), ("nesterov", False))}
     changes |= {"seed": 7, "network": "resnet14", "data.augment": "none", "data.num_train": 8}
     with pytest.raises(UserError, match=f"and {len(changes) - run_folder.MOST_KEYS_SHOWN} more;"):
-        claim(tmp_path, **changes)
+        claim(started, **changes)
 
 
-def test_keys_that_say_where_or_how_may_change(tmp_path):
+def test_a_folder_in_which_nothing_was_trained_is_taken_over(tmp_path):
+    # As after a first try whose images could not be read.
+    claim(tmp_path)
+    claim(tmp_path, seed=7)
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 7
+
+
+def test_keys_that_say_where_or_how_may_change(started):
     changes = {
         "data.data_dir": "/elsewhere",
         "train.eval_batch_size": 4,
@@ -69,19 +81,25 @@ def test_keys_that_say_where_or_how_may_change(tmp_path):
         "train.checkpoint_seconds": 1.0,
     }
     assert set(changes) == LOCATION_KEYS <= set(flatten(config()))
-    claim(tmp_path)
-    claim(tmp_path, **changes)
+    claim(started, **changes)
 
 
-def test_equal_configs_that_mean_other_stages_are_refused(tmp_path):
+def test_equal_configs_that_mean_other_stages_are_refused(started):
     # As after an update of the program that changes what a preset means.
-    claim(tmp_path)
-    path = tmp_path / "config.json"
+    path = started / "config.json"
     content = json.loads(path.read_text())
     content["stages"][1]["optim"]["learning_rate"]["values"][0] = 7.0
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"config: stages\[1\]\.optim\.learning_rate\.values\[0\]: 7\.0 -> 0\.05"):
-        claim(tmp_path)
+        claim(started)
+
+
+def test_what_lies_in_a_folder_of_another_config_is_not_taken_for_this_one_s(started):
+    mine, other = config(), config(**{"asbq.preset": "release"})
+    run_folder.check_owner(started, mine, methods.build(mine))
+    run_folder.check_owner(started / "nothing_here", other, methods.build(other))
+    with pytest.raises(UserError, match=r'config\.asbq\.preset: "paper" -> "release"; give the same config'):
+        run_folder.check_owner(started, other, methods.build(other))
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff", "[]", "3"])
@@ -123,6 +141,12 @@ def test_what_is_in_the_way_is_moved_aside_with_the_first_free_number(tmp_path):
 
 def test_nothing_is_moved_aside_where_nothing_is(tmp_path):
     assert run_folder.move_aside(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("path", [".", "/"])
+def test_a_folder_without_a_name_cannot_be_moved_aside(path):
+    with pytest.raises(UserError, match="cannot be moved aside"):
+        run_folder.move_aside(Path(path))
 
 
 # ---- one process at a time

@@ -160,7 +160,7 @@ def _add_bias(layer: Any, y: jax.Array, fan_in: int) -> jax.Array:
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     bias_init = getattr(layer, "bias_init", None) or default_init
-    return y + layer.param("bias", bias_init, (layer.features,))
+    return y + layer.param("bias", bias_init, (layer.features,)).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class _Convolution:

@@ -43,7 +43,13 @@ class BatchNorm(nn.Module):
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
         else:
             mean, var = running_mean.value, running_var.value
+        mean, var, scale, bias = (per_channel(v, x) for v in (mean, var, scale, bias))
         return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+
+
+def per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
+    """(C,) -> (1, ..., 1, C), as many axes as ``x``."""
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def batch_moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -60,8 +66,8 @@ def batch_moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.
     per_row = x[0, ..., 0].size
     if mask is None:
         mean = jnp.mean(x, axis=axes)
-        return mean, jnp.mean(jnp.square(x - mean), axis=axes), jnp.float32(x.shape[0] * per_row)
+        return mean, jnp.mean(jnp.square(x - per_channel(mean, x)), axis=axes), jnp.float32(x.shape[0] * per_row)
     weight = mask.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
     count = jnp.maximum(jnp.sum(weight), 1) * per_row
     mean = jnp.sum(x * weight, axis=axes) / count
-    return mean, jnp.sum(jnp.square(x - mean) * weight, axis=axes) / count, count
+    return mean, jnp.sum(jnp.square(x - per_channel(mean, x)) * weight, axis=axes) / count, count

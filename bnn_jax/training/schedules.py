@@ -37,7 +37,7 @@ def piecewise(
         )
     limits = jnp.asarray([round(epoch * steps_per_epoch) for epoch in boundaries], jnp.int32)
     table = jnp.asarray(values, jnp.float32)
-    return lambda step: table[jnp.sum(jnp.asarray(step)[..., None] >= limits, axis=-1)]
+    return lambda step: table[jnp.searchsorted(limits, step, side="right", method="compare_all")]
 
 
 def cosine(

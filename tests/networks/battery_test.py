@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
+from bnn_jax.layers.conv import fan_in_uniform
 from bnn_jax.networks import NETWORKS
+from bnn_jax.networks.base import he_fan_out_normal, xavier_normal
 from bnn_jax.quantizers import QuantContext
-from bnn_jax.stages import QuantSpec, spec
+from bnn_jax.stages import QuantSpec, Spec, spec
 from bnn_jax.training import create
 
 
@@ -244,13 +248,34 @@ def test_unknown_names_are_refused_with_the_accepted_ones(choice, message: str) 
         networks.build(choice, QuantSpec(), num_classes=3)
 
 
-@pytest.mark.parametrize(("kernel_init", "std"), [("uniform", 1 / np.sqrt(3 * 144)), ("he_normal", np.sqrt(2 / 144))])
-def test_initial_weights_of_quantized_convolutions(kernel_init: str, std: float) -> None:
-    choice = spec("resnet8", kernel_init=kernel_init, stage_sizes=(1, 1), widths=(16, 32))
-    network = networks.build(choice, REAL, num_classes=10)
-    params = network.init(jax.random.key(0), images_of(1), QuantContext())["params"]
-    # 2,304 draws: the estimate is within 5 % (three standard errors of a normal law).
-    assert np.std(params["layer1_0"]["conv1"]["kernel"]) == pytest.approx(std, rel=0.05)
-    # The first convolution and the shortcuts are He normal in any case: 432 and 512 draws, within 12 %.
-    assert np.std(params["conv1"]["kernel"]) == pytest.approx(np.sqrt(2 / 144), rel=0.12)
-    assert np.std(params["layer2_0"]["downsample_conv"]["kernel"]) == pytest.approx(np.sqrt(2 / 32), rel=0.12)
+def initialisers_of(choice: Spec) -> dict[str, Callable]:
+    """Initialiser of the kernel of every layer, by path."""
+    network, found = networks.build(choice, REAL, num_classes=10), {}
+
+    def record(call, arguments, options, context):
+        if hasattr(context.module, "kernel_init"):
+            found["/".join(context.module.path)] = context.module.kernel_init
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda x: network.init(jax.random.key(0), x, QuantContext()), images_of(1))
+    return found
+
+
+@pytest.mark.parametrize(("name", "inner"), [("uniform", fan_in_uniform), ("he_normal", he_fan_out_normal)])
+@pytest.mark.parametrize("kind", ["release", "imagenet"])
+def test_only_quantized_convolutions_take_the_chosen_initialiser(kind: str, name: str, inner: Callable) -> None:
+    options = SMALL[kind].kwargs
+    found = initialisers_of(spec(SMALL[kind].name, kernel_init=name, **options))
+    assert found.pop("fc") is {"release": fan_in_uniform, "imagenet": xavier_normal}[kind]
+    assert found.pop("conv1") is he_fan_out_normal
+    assert found.pop("layer2_0/downsample_conv") is he_fan_out_normal
+    assert len(found) == 6
+    assert set(found.values()) == {inner}
+
+
+def test_normal_initialisers_have_their_standard_deviations() -> None:
+    # 36,864 and 40,000 draws: the estimates are within 1.5 %, four standard errors of a normal law.
+    kernel = he_fan_out_normal(jax.random.key(0), (3, 3, 64, 64))
+    assert np.std(kernel) == pytest.approx(np.sqrt(2 / (9 * 64)), rel=0.015)
+    assert np.std(xavier_normal(jax.random.key(0), (400, 100))) == pytest.approx(np.sqrt(2 / 500), rel=0.015)

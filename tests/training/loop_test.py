@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -19,6 +20,7 @@ from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import EpochClock, LoopOptions, StageLoop, dispatch_length, steps_per_epoch
 from bnn_jax.training.state import TrainState
+from bnn_jax.training.steps import compile_end_of_epoch, compile_train_steps
 from tests.training import tiny
 
 DATA = tiny.source(num_train=20, num_test=10, num_validation=6)
@@ -27,6 +29,29 @@ STEPS, EPOCHS = 3, 2
 STAGE = tiny.stage(epochs=EPOCHS)
 DEVICES = all_devices()
 TIMES = ("seconds", "images_per_second")
+PARTS = tiny.parts(chosen=STAGE)
+EVALUATOR = Evaluator(
+    PARTS.network,
+    prepare=tiny.prepare_for_evaluation,
+    splits={"test": DATA.test, "validation": DATA.validation},
+    batch_size=5,
+    devices=DEVICES,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """All loops here are of one stage and share its programs: compiling is what takes the time."""
+    run_steps, end = compile_train_steps(PARTS, DEVICES), compile_end_of_epoch(PARTS.objectives, DEVICES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "compile_train_steps", lambda *_: run_steps)
+        patch.setattr(loop_module, "compile_end_of_epoch", lambda *_: end)
+        yield
+
+
+@functools.cache
+def state_shapes() -> TrainState:
+    return jax.eval_shape(lambda: tiny.state(PARTS))
 
 
 class StopAfter(StopRequest):
@@ -49,30 +74,23 @@ class Run:
     def __init__(self, folder: Path, **options: Any):
         self.folder, self.metrics_path = folder, folder / "metrics.jsonl"
         self.options = LoopOptions(**{"checkpoint_seconds": 1000.0, **options})
-        self.parts = tiny.parts(chosen=STAGE)
 
     def fit(self, *, looks: float = math.inf, first_state: TrainState | None = None) -> TrainState:
-        state, meta = first_state or tiny.state(self.parts), None
+        state, meta = first_state or tiny.state(PARTS), None
         with CheckpointStore(self.folder / "checkpoints") as store:
             if store.latest_step() is not None:
-                state, meta = store.restore(jax.eval_shape(lambda: tiny.state(self.parts)))
+                state, meta = store.restore(state_shapes())
                 state = DEVICES.replicate(state)
             return self.make_loop(store).fit(state, StopAfter(looks), meta=meta)
 
     def make_loop(self, store: CheckpointStore) -> StageLoop:
         return StageLoop(
             STAGE,
-            self.parts,
+            PARTS,
             schedule=schedules.build(STAGE.optim.learning_rate, steps_per_epoch=STEPS, epochs=EPOCHS),
             source=DATA,
             teacher={},
-            evaluator=Evaluator(
-                self.parts.network,
-                prepare=tiny.prepare_for_evaluation,
-                splits={"test": DATA.test, "validation": DATA.validation},
-                batch_size=5,
-                devices=DEVICES,
-            ),
+            evaluator=EVALUATOR,
             store=store,
             metrics_path=self.metrics_path,
             options=self.options,
@@ -167,7 +185,7 @@ def test_a_stage_keeps_its_last_and_its_best_epoch(whole):
 def test_the_last_checkpoint_is_the_final_state(whole):
     run, final = whole
     with CheckpointStore(run.folder / "checkpoints", read_only=True) as store:
-        state, meta = store.restore(jax.eval_shape(lambda: tiny.state(run.parts)))
+        state, meta = store.restore(state_shapes())
     tiny.assert_equal(state, final)
     assert meta == {"stage": "tiny", "evaluated": True, "epoch_seconds": 0.0}
 
@@ -289,7 +307,7 @@ def broken(state: TrainState) -> TrainState:
 def test_a_loss_that_is_not_finite_stops_the_stage_before_anything_is_saved(tmp_path):
     run = Run(tmp_path)
     with pytest.raises(NonFiniteLossError, match=r"step 0; last metrics: none yet; .*: none was saved yet"):
-        run.fit(first_state=broken(tiny.state(run.parts)))
+        run.fit(first_state=broken(tiny.state(PARTS)))
     assert run.saved_steps() == []
 
 
@@ -310,7 +328,7 @@ def test_the_message_names_the_step_the_last_metrics_and_the_last_good_checkpoin
 def test_a_stop_never_saves_a_state_whose_loss_was_not_finite(tmp_path):
     run = Run(tmp_path)
     # The signal comes while the broken step is still under way.
-    state = tiny.state(run.parts)
+    state = tiny.state(PARTS)
     state = state.replace(metric_sums={**state.metric_sums, "non_finite_step": jnp.int32(0)})
     with pytest.raises(NonFiniteLossError, match="step 0"):
         run.fit(looks=0, first_state=state)

@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+from tests.integration.launching import Finished, launch_here, start, wait
+
+# What takes seconds to import.
+HEAVY = {"jax", "flax", "optax", "orbax", "tensorflow_datasets", "numpy", "ml_collections", "matplotlib", "rich"}
+
+
+def test_help_fits_a_screen():
+    lines = launch_here("--help").stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+
+def test_help_names_every_flag_and_an_example_that_is_there():
+    text = launch_here("--help").stdout
+    for flag in ("config", "config.KEY", "workdir", "mode", "stage", "checkpoint", "fresh", "json", "help"):
+        assert f"--{flag}" in text
+    for mode in ("train", "evaluate", "summary", "report"):
+        assert mode in text
+    example = text.split("example: python ")[1].split()
+    assert (ROOT / example[0]).is_file() and (ROOT / example[1].partition("=")[2]).is_file()
+
+
+def test_help_imports_nothing_heavy():
+    # Rather than a time, which depends on the machine: what is imported is what takes the time.
+    code = "import sys, launch; code = launch.main(['launch.py', '--help']); print(*sys.modules); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert not imported & HEAVY
+
+
+def test_help_wins_over_everything_else_and_is_no_mistake():
+    finished: Finished = wait(start("--config=nowhere.py", "--help"))
+    assert finished.code == 0
+    assert finished.stdout.startswith("usage: python launch.py --config=FILE")
+    assert finished.stderr == ""
