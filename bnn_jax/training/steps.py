@@ -184,7 +184,7 @@ def gradients(parts: StepParts, terms_function: Callable, params: Any):
         return terms, pullback(weights)[0], {}, other
     zeros = jax.tree.map(jnp.zeros_like, weights)
     each = {name: pullback({**zeros, name: weight})[0] for name, weight in weights.items()}
-    norms = {f"gradient_norm/{name}": optax.global_norm(grads) for name, grads in each.items()}
+    norms = {f"gradient_norm/{name}": optax.tree.norm(grads) for name, grads in each.items()}
     return terms, jax.tree.map(lambda *grads: sum(grads), *each.values()), norms, other
 
 
