@@ -124,15 +124,10 @@ def test_number_of_norms(name: str) -> None:
 
 @each_network
 def test_collections_are_parameters_statistics_and_quantizer_state_only(name: str) -> None:
-    # What the real stream reads is collected within a step and never stored; initialisation collects everything.
-    stored = set(shapes_of(name)[1]) - {"taps", "block_features"}
-    assert stored == {"params", "batch_stats"} | ({"quant_state"} if EXPECTED[name].quantized[0] else set())
-
-
-@each_network
-def test_every_network_hands_out_features_to_compare(name: str) -> None:
-    for feature in jax.tree.leaves(shapes_of(name)[1]["block_features"]):
-        assert feature.shape[0] == 2 and feature.dtype == jnp.float32
+    # What the real stream reads is collected within a step and never stored.
+    assert set(shapes_of(name)[1]) == {"params", "batch_stats"} | (
+        {"quant_state"} if EXPECTED[name].quantized[0] else set()
+    )
 
 
 # Small enough to run: two stages, so that every kind of block and shortcut occurs.
@@ -189,6 +184,17 @@ def test_unused_parameters_are_exactly_those_without_a_gradient(kind: str) -> No
     unused = {path for path in flat if any(re.search(pattern, path) for pattern in network.unused_parameters)}
     assert without == unused
     assert bool(unused) == (kind == "checkpoint")
+
+
+@each_small
+def test_every_network_hands_out_features_to_compare(kind: str) -> None:
+    network, variables = small_network(kind, REAL)
+    collect = ["batch_stats", "block_features"]
+    ctx = QuantContext(train=True)
+    _, kept = jax.eval_shape(lambda x: network.apply(variables, x, ctx, mutable=collect), images_of(2))
+    features = jax.tree.leaves(kept["block_features"])
+    assert features
+    assert {(feature.shape[0], feature.dtype.name) for feature in features} == {(2, "float32")}
 
 
 @each_small

@@ -173,10 +173,16 @@ def test_number_of_features_that_are_compared(name: str, pairs: int, side: int) 
     network = build(spec(name), IRNET)
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     keys = {"params": key(0), "quant": key(0)}
-    shapes = jax.eval_shape(lambda x: network.init(keys, x, QuantContext(train=True)), images)
-    assert len(jax.tree.leaves(shapes["block_features"])) == pairs
+    ctx = QuantContext(train=True)
+
+    def collect(x: jax.Array) -> Any:
+        variables = network.init(keys, x, ctx)
+        return network.apply(variables, x, ctx, mutable=["batch_stats", "taps", "block_features"], rngs=keys)[1]
+
+    kept = jax.eval_shape(collect, images)
+    assert len(jax.tree.leaves(kept["block_features"])) == pairs
     # One output of the binary product for each, which the real stream takes its magnitudes from.
-    assert len(jax.tree.leaves(shapes["taps"])) == pairs
+    assert len(jax.tree.leaves(kept["taps"])) == pairs
 
 
 # ---- the binary network
