@@ -148,6 +148,8 @@ def quantized_product(
 
 def keep_latest(module: nn.Module, collection: str, name: str, value: jax.Array) -> None:
     """Hands a value to whoever applies the network with ``collection`` mutable; without effect otherwise."""
+    if module.is_initializing():
+        return  # Fresh variables are those that are trained and saved.
     module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: value)
 
 
