@@ -9,7 +9,6 @@ import numpy as np
 
 from bnn_jax import networks
 from bnn_jax.objectives.self_distill import elementwise_distance
-from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import OptimSpec, ParameterGroup, spec
 from bnn_jax.training import import_weights, schedules
 from bnn_jax.training.create import create_state, variable_shapes
@@ -19,6 +18,7 @@ from bnn_jax.training.state import TrainState
 from bnn_jax.training.steps import Constants, StepParts, compile_end_of_epoch, compile_train_steps
 from tests.golden.asbq.support import nhwc
 from tests.golden.comparison import Comparison, GoldenFile
+from tests.golden.skd_bnn.models import evaluated
 from tests.golden.skd_bnn.support import (
     SIGN,
     compare_gradients,
@@ -40,8 +40,6 @@ NOISE = r"fc[123]\.bias|bn[123]\.running_mean"
 
 def check_mnist_mlp(file: GoldenFile, result: Comparison) -> None:
     """Forward of both streams, losses, gradients, evaluation, and a trajectory."""
-    # How far float32 and float64 differ in the original.
-    file.not_compared("f32_f64_.+")
     initial = file.group("init/")
     network = networks.build(
         spec("hardtanh_mlp", hidden=int(file["hidden"]), dropout=0.0), SIGN, num_classes=len(initial["fc4.bias"])
@@ -50,7 +48,7 @@ def check_mnist_mlp(file: GoldenFile, result: Comparison) -> None:
     images = jnp.stack([nhwc(batch) for batch in x])
     variables = import_weights.import_state(initial, variable_shapes(network, images.shape[2:]))
     _check_step(file, result, network, variables, images[0])
-    logits = jax.jit(lambda x: network.apply(variables, x, QuantContext()).logits)(images[0])
+    logits = evaluated(network, variables, images[0]).logits
     result.close("eval_logsoftmax", jax.nn.log_softmax(logits), file["eval_logsoftmax"], atol=1e-4)
     _check_trajectory(file, result, network, variables, images)
 
@@ -109,7 +107,7 @@ def _check_trajectory(
     """Losses of every step, the bank each epoch has collected, the state at the end."""
     rates, labels = file["traj_lr"], file["y"]
     epochs, steps, rows = len(rates), images.shape[0], images.shape[1]
-    _check_rates(result, rates)
+    check_rates(result, rates)
     parts, state = _training(network, variables, rates, steps)
     run, end_of_epoch = compile_train_steps(parts, all_devices()), compile_end_of_epoch(parts.objectives, all_devices())
     constants = Constants(
@@ -138,7 +136,7 @@ def _check_trajectory(
     )
 
 
-def _check_rates(result: Comparison, rates: np.ndarray) -> None:
+def check_rates(result: Comparison, rates: np.ndarray) -> None:
     """The library's cosine gives the file's rates."""
     cosine = spec("cosine_by_epoch", initial=float(rates[0]), final=FINAL_RATE)
     schedule = schedules.build(cosine, steps_per_epoch=1, epochs=COSINE_EPOCHS)

@@ -15,13 +15,14 @@ from bnn_jax.objectives import Objective
 from bnn_jax.objectives.base import Batch, Outputs
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import QuantSpec, Spec, spec
+from bnn_jax.training import schedules
 from bnn_jax.training.create import create_state
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.steps import Constants, StepParts, train_step
 from tests.golden.asbq.support import in_pytorch_form
-from tests.golden.comparison import Comparison
+from tests.golden.comparison import Comparison, GoldenFile
 
 # Weights and temperature of the published recipe; the golden files' README fixes them for all files.
 ALPHA, BETA, GAMMA, TEMPERATURE = 1.0, 0.05, 0.01, 4.0
@@ -46,6 +47,13 @@ def state_by_name(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def knobs_of(k: np.ndarray, t: np.ndarray) -> dict[str, jax.Array]:
     """The estimator's knobs from a file's k and t, each (1,) or a scalar."""
     return {"error_decay_k": jnp.float32(np.squeeze(k)), "error_decay_t": jnp.float32(np.squeeze(t))}
+
+
+def compare_estimator(result: Comparison, case: str, file: GoldenFile, *, epoch: int, epochs: int) -> None:
+    """The library's schedules give the k and t a file has for an epoch, as ``<case>k`` and ``<case>t``."""
+    for name in ("k", "t"):
+        schedule = schedules.build(spec(f"error_decay_{name}"), steps_per_epoch=1, epochs=epochs)
+        result.close(case + name, schedule(jnp.int32(epoch)), np.squeeze(file[case + name]), rtol=1e-6)
 
 
 def held(values: np.ndarray, *, steps: int = 1) -> Schedule:

@@ -21,6 +21,7 @@ from tests.golden.skd_bnn.models import feature_statistics, load_state
 from tests.golden.skd_bnn.support import (
     TERMS,
     RecordedStep,
+    compare_estimator,
     compare_gradients,
     compare_variables,
     held,
@@ -47,14 +48,9 @@ def images_of(file: GoldenFile) -> np.ndarray:
 
 def check_train_step_vectors(file: GoldenFile, result: Comparison) -> None:
     """One training step: outputs, losses, feature maps, all gradients, the norm of each term's gradient."""
-    # How near to a threshold the case comes, and where k and t are from.
-    file.not_compared("min_.+")
     network, variables = load_state(file.path, str(file["state"]))
-    knobs = {"error_decay_k": file["k"], "error_decay_t": file["t"]}
     for match in file.cases(r"epoch_of_(\d+)$"):
-        for name, value in knobs.items():
-            schedule = schedules.build(spec(name), steps_per_epoch=1, epochs=int(match.group(1)))
-            result.close(name, schedule(jnp.int32(file[match.group()])), np.squeeze(value), rtol=1e-6)
+        compare_estimator(result, "", file, epoch=int(file[match.group()]), epochs=int(match.group(1)))
     terms = loss_terms()
     step = record_step(
         network,
@@ -63,7 +59,7 @@ def check_train_step_vectors(file: GoldenFile, result: Comparison) -> None:
         file["labels"],
         terms=terms,
         bank=file["bank"],
-        knobs={name: held(value) for name, value in knobs.items()},
+        knobs={f"error_decay_{name}": held(file[name]) for name in ("k", "t")},
         log_gradient_norms=True,
     )
     result.close("logits", step.outputs.logits, file["logits"], atol=1e-4)
@@ -72,7 +68,7 @@ def check_train_step_vectors(file: GoldenFile, result: Comparison) -> None:
         result.close(f"loss_{name}", value, file[f"loss_{name}"], rtol=1e-4)
     for name, ours in TERMS.items():
         result.close(f"gradnorm_{name}", step.metrics[f"gradient_norm/{ours}"], file[f"gradnorm_{name}"], rtol=1e-3)
-    _check_features(file, result, step)
+    _check_features(file, result, step, network.stage_sizes)
     compare_gradients(result, "grad/", step.gradients, state_by_name(file.group("grad/")), rtol=1e-3)
     compare_variables(
         result,
@@ -84,8 +80,8 @@ def check_train_step_vectors(file: GoldenFile, result: Comparison) -> None:
     )
 
 
-def _check_features(file: GoldenFile, result: Comparison, step: RecordedStep) -> None:
-    """Numbers about every pair of feature maps, and whole maps of the first images at two places."""
+def _check_features(file: GoldenFile, result: Comparison, step: RecordedStep, stage_sizes: tuple[int, ...]) -> None:
+    """Numbers about every pair of feature maps, and whole maps of some images at some places."""
     pairs = list(zip(step.outputs.block_features, step.outputs.real_features, strict=True))
     count = len(pairs)
     losses = pair_losses(step.outputs, channel_and_spatial_distance)
@@ -94,10 +90,10 @@ def _check_features(file: GoldenFile, result: Comparison, step: RecordedStep) ->
     names = ("mean_bin", "absmean_bin", "mean_real", "absmean_real", "sign_agreement")
     for column, name in zip(statistics.T, names, strict=True):
         result.close(f"{name}_{count}", column, file[f"{name}_{count}"], atol=1e-4)
-    per_stage = count // 3
     for match in file.cases(r"L(\d+)_(\d+)_(bin|real)_img(\d+)(?:to(\d+))?$"):
         stage, place, stream, first, last = match.groups()
-        index = (int(stage) - 1) * per_stage + int(place) - 1
+        # Two pairs for each block of the stages before.
+        index = 2 * sum(stage_sizes[: int(stage) - 1]) + int(place) - 1
         feature = nchw(pairs[index][("bin", "real").index(stream)])
         own = feature[int(first)] if last is None else feature[int(first) : int(last) + 1]
         result.close(match.group(), own, file[match.group()], atol=1e-4)
@@ -105,14 +101,12 @@ def _check_features(file: GoldenFile, result: Comparison, step: RecordedStep) ->
 
 def check_trajectory(file: GoldenFile, result: Comparison) -> None:
     """Losses of every step, the bank and some arrays after every epoch, the state at the end."""
-    # How near to a threshold the case comes; how far float32 and float64 differ in the original.
-    file.not_compared("min_.+|f32_f64_.+")
     network, variables = load_state(file.path, str(file["init_state"]))
     epochs, batch = int(file["n_epochs_run"]), int(file["batch"])
     top, bottom, left, right = file["crop"]
     images, labels = images_of(file)[:, top:bottom, left:right], file["labels"]
     steps = len(labels) // batch
-    _check_schedules(file, result, epochs)
+    check_schedules(file, result, epochs)
     parts, state = _training(file, network, variables, steps)
     run, end_of_epoch = compile_train_steps(parts, all_devices()), compile_end_of_epoch(parts.objectives, all_devices())
     constants = Constants(images=jnp.asarray(images), labels=jnp.asarray(labels, jnp.int32), teacher={})
@@ -136,7 +130,7 @@ def check_trajectory(file: GoldenFile, result: Comparison) -> None:
     _check_arrays_per_epoch(file, result, states, final)
 
 
-def _check_schedules(file: GoldenFile, result: Comparison, epochs: int) -> None:
+def check_schedules(file: GoldenFile, result: Comparison, epochs: int) -> None:
     """The library's schedules give the file's learning rates, k and t."""
     options = {"initial": float(file["base_lr"]), "warmup_epochs": int(file["warmup_W"])}
     specs = {"lr": spec("cosine_by_epoch", **options), "k": spec("error_decay_k"), "t": spec("error_decay_t")}
