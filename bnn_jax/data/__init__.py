@@ -31,6 +31,7 @@ __all__ = [
     "SourceEntry",
     "Split",
     "build",
+    "class_names",
     "describe",
     "index_plan",
     "sequential_plan",
@@ -84,6 +85,17 @@ def describe(spec: DataSpec) -> tuple[tuple[int, int, int], int]:
     (height, width, channels), num_classes = entry.shape
     side = options.get("image_size")
     return (side or height, side or width, channels), options.get("num_classes", num_classes)
+
+
+def class_names(spec: DataSpec, *, data_dir: str | None) -> tuple[str, ...]:
+    """Names of the classes of a ``DataSpec``: those stored with the prepared images if there are any, else numbers.
+
+    Raises:
+      DataError: an unknown name or option.
+    """
+    _, num_classes = describe(spec)
+    known = tfds_source.class_names(spec.name, data_dir) if spec.name in tfds_source.TFDS_SETS else None
+    return known or tuple(str(label) for label in range(num_classes))
 
 
 def _entry(spec: DataSpec) -> SourceEntry:

@@ -58,6 +58,11 @@ class Objective:
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the step has to provide besides logits and features: 'teacher_logits', 'real_features'."""
 
+    @property
+    def pictures(self) -> frozenset[str]:
+        """Pictures a finished stage with this term can show, keys of ``bnn_jax.report.pictures.PICTURES``."""
+        return frozenset()
+
     def init(self, num_classes: int) -> Any:
         """State at the start of a stage, a pytree of arrays; {} if the term has none."""
         return {}

@@ -114,6 +114,11 @@ class LabelBank(Objective):
         if not self.temperature > 0:
             raise ValueError(f"label_bank: temperature={self.temperature!r}: accepted are positive numbers")
 
+    @property
+    def pictures(self) -> frozenset[str]:
+        # A bank that is cleared at the end of every epoch has nothing to show.
+        return frozenset({"features"} if self.reset_each_epoch else {"label_bank", "features"})
+
     def init(self, num_classes: int) -> dict[str, jax.Array]:
         return {
             "bank": jnp.zeros((num_classes, num_classes), jnp.float32),
@@ -177,6 +182,10 @@ class Cluster(Objective):
     def __post_init__(self):
         if self.on not in FEATURES:
             raise ValueError(f"cluster: on={self.on!r}: accepted are {', '.join(FEATURES)}")
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        return frozenset({"features"})
 
     def __call__(self, outputs: Outputs, batch: Batch, state: dict, ctx: QuantContext) -> jax.Array:
         points = outputs.features if self.on == "features" else outputs.logits

@@ -120,7 +120,7 @@ def create_state(
       devices: placement.
       log_gradient_norms: whether the gradient norm of every objective is summed too.
     """
-    states = {objective.name: objective.init(num_classes) for objective in objectives}
+    states = objective_states(objectives, num_classes)
 
     def make(variables: dict[str, Any]) -> TrainState:
         return TrainState(
@@ -129,9 +129,15 @@ def create_state(
             batch_stats=variables.get("batch_stats", {}),
             quant_state=variables.get("quant_state", {}),
             opt_state=optimizer.init(variables["params"]),
-            objective_state={name: value for name, value in states.items() if jax.tree.leaves(value)},
+            objective_state=states,
             metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms),
             rng=jax.random.key(seed),
         )
 
     return jax.jit(make, out_shardings=devices.replicated)(variables)
+
+
+def objective_states(objectives: Sequence[Objective], num_classes: int) -> dict[str, Any]:
+    """States at the start of a stage, by name, of the objectives that have one."""
+    states = {objective.name: objective.init(num_classes) for objective in objectives}
+    return {name: state for name, state in states.items() if jax.tree.leaves(state)}
