@@ -79,8 +79,8 @@ def test_parameters_of_the_published_networks(name, image_shape, num_classes, pa
 BINARY = QuantSpec(weight=spec("irnet"), act=spec("irnet"))
 
 
-# Columns: parameters, quantized layers, their weights, their MACs, MACs of the others (SKD-BNN specification, section 5;
-# the last row follows from the sizes of the layers). The specification counts the shortcuts of the two ResNet-18 twice,
+# Columns: parameters, quantized layers, their weights, their MACs, MACs of the others (SKD-BNN specification, section
+# 5; the last row follows from the sizes of the layers). The specification counts the shortcuts of both ResNet-18 twice,
 # 14,357,504 and 157,061,120: in training the real stream runs them a second time, for an image they are run once.
 SHORTCUTS_OF_THE_REAL_STREAM = {"hardtanh_resnet18_cifar": 14_357_504, "hardtanh_resnet18": 157_061_120}
 
