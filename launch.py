@@ -15,7 +15,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --mode=MODE            train      train all stages; skips finished, goes on with interrupted ones
                          evaluate   accuracy on the test images
                          summary    parameters, bits and operations per layer
-                         report     table and picture of the finished stages
+                         report     table and pictures of the finished stages
                          (default train)
   --stage=NAME           train: train this stage and all after it again; moves old results aside
                          evaluate: which stage, NAME or NAME@best; summary: which stage

@@ -157,6 +157,7 @@ class Assembly:
             num_classes=self.source.num_classes,
             seed=self.stage.seed,
             devices=devices,
+            log_gradient_norms=self.stage.log_gradient_norms,
         )
 
 
@@ -183,6 +184,7 @@ def assemble(run: Run, stage: Stage, source: ResidentSource) -> Assembly:
         ),
         knobs={name: schedules.build(knob, **timing) for name, knob in stage.knobs},
         teacher=_teacher_network(run, stage, source) if needs_teacher(terms) else None,
+        log_gradient_norms=stage.log_gradient_norms,
     )
     return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
 

@@ -156,6 +156,7 @@ def run(values: Any) -> None:
     else:
         result = pipeline.report(job)
         tables.show(tables.results_table(result["stages"]))
-        print(f"picture: {result['picture']}")
+        for path in result["pictures"]:
+            print(f"picture: {path}")
     if values.json:
         print(json.dumps(result), flush=True)

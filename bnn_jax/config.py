@@ -51,6 +51,11 @@ CHAIN_BITS = _range(
     ),
 )
 
+OBJECTIVE_NAMES = _range(
+    "of feature_swap, label_bank, cluster, each once",
+    lambda names: len(set(names)) == len(names) and set(names) <= {"feature_swap", "label_bank", "cluster"},
+)
+
 COMMON: dict[str, Key] = {
     "method": Key(str),
     "name": Key(str),
@@ -61,7 +66,8 @@ COMMON: dict[str, Key] = {
     "data.num_train": Key(int, POSITIVE, optional=True),
     "data.num_eval": Key(int, POSITIVE, optional=True),
     "data.validation_fraction": Key(float, FRACTION),
-    "data.augment": Key(str, ("pad_crop_flip", "pad_crop", "none")),
+    "data.augment": Key(str, ("pad_crop_flip", "pad_crop", "edge_crop_flip", "none")),
+    "data.normalize": Key(bool),
     "data.image_size": Key(int, POSITIVE, optional=True),
     "data.num_classes": Key(int, _range("2 or more", lambda value: value >= 2), optional=True),
     "train.batch_size": Key(int, POSITIVE),
@@ -73,9 +79,31 @@ COMMON: dict[str, Key] = {
     "train.compute_dtype": Key(str, ("float32", "bfloat16")),
     "train.steps_per_dispatch": Key(int, NOT_NEGATIVE),
     "train.checkpoint_seconds": Key(float, NOT_NEGATIVE),
+    "extra_objectives": Key(tuple, OBJECTIVE_NAMES, item=str),
+    "extra_objective_weights": Key(tuple, ALL_NOT_NEGATIVE, item=float),
+    "extra_objectives_on": Key(str, ("last_stage", "all_stages")),
 }
 
 SECTIONS: dict[str, dict[str, Key]] = {
+    "skd": {
+        "skd.preset": Key(str, ("paper", "release")),
+        "skd.distill": Key(bool),
+        "skd.epochs": Key(tuple, ALL_POSITIVE, item=int),
+        "skd.learning_rates": Key(tuple, ALL_POSITIVE, item=float),
+        "skd.warmup_epochs": Key(tuple, ALL_NOT_NEGATIVE, item=int),
+        "skd.final_learning_rate": Key(float, NOT_NEGATIVE),
+        "skd.optimizer": Key(str, ("sgd", "adam")),
+        "skd.feature_weight": Key(float, NOT_NEGATIVE),
+        "skd.label_weight": Key(float, NOT_NEGATIVE),
+        "skd.cluster_weight": Key(float, NOT_NEGATIVE),
+        "skd.temperature": Key(float, POSITIVE),
+        "skd.strict_release": Key(bool, optional=True),
+        "skd.reset_bank": Key(bool, optional=True),
+        "skd.task_loss": Key(str, ("cross_entropy", "squared_hinge"), optional=True),
+        "skd.hidden": Key(int, POSITIVE, optional=True),
+        "skd.dropout": Key(float, FRACTION),
+        "skd.log_gradient_norms": Key(bool),
+    },
     "asbq": {
         "asbq.preset": Key(str, ("paper", "release", "checkpoint")),
         "asbq.bits": Key(tuple, CHAIN_BITS, item=int),

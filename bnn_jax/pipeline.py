@@ -4,11 +4,13 @@ A finished stage is skipped, an interrupted one goes on at its step, a new one s
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from bnn_jax import data, run_folder
 from bnn_jax.assembly import (
@@ -21,12 +23,14 @@ from bnn_jax.assembly import (
     make_evaluator,
     teacher_variables,
 )
+from bnn_jax.data.augment import prepare_eval
 from bnn_jax.errors import Interrupted, UserError
-from bnn_jax.report import complexity, levels, plots
+from bnn_jax.report import complexity, levels, pictures, plots
 from bnn_jax.stages import Stage, fingerprint
 from bnn_jax.training import create, metrics
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.evaluate import features_of
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.progress import say
@@ -210,9 +214,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         variables = run.load_variables(f"stage:{stage.name}@{which or 'last'}", shapes)
         label = f"{run.checkpoints(stage)} ({which or 'last'} epoch)"
     devices = all_devices()
-    # One training image: evaluation needs none, and decoding them all takes most of the time.
-    only_test = dataclasses.replace(stage, data=dataclasses.replace(stage.data, num_train=1, validation_fraction=0.0))
-    evaluator = make_evaluator(run, network, run.load_data(only_test), devices)
+    evaluator = make_evaluator(run, network, run.load_data(_only_test(stage)), devices)
     result = evaluator(devices.replicate(variables), "test")
     assert result is not None  # only asked to stop could it be
     return {**result, "stage": stage.name, "checkpoint": label}
@@ -233,7 +235,14 @@ def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity
 
 
 def report(run: Run) -> dict[str, Any]:
-    """Results of the finished stages and the picture of the chain, saved as ``chain.png`` in the run folder.
+    """Results of the finished stages, and pictures, saved in the run folder.
+
+    ``chain.png`` shows the accuracies of all stages. Further ones are those the objectives offer, each of the last
+    finished stage that offers it: ``label_bank.png``, ``features.png``. What one of these cannot be drawn from (the
+    data set is not at hand) is said on stderr, and the report goes on without it.
+
+    Returns:
+      ``stages``, the results; ``picture``, the path of the chain's; ``pictures``, the paths of all.
 
     Raises:
       UserError: no stage is finished.
@@ -247,6 +256,54 @@ def report(run: Run) -> dict[str, Any]:
             records[stage.name] = metrics.read(run.stage_folder(stage) / run_folder.METRICS)
     if not results:
         raise UserError(f"{run.folder}: no finished stage to report; train first")
-    picture = run.folder / "chain.png"
-    plots.plot_chain(results, records, picture)
-    return {"stages": results, "picture": str(picture)}
+    chain = run.folder / "chain.png"
+    plots.plot_chain(results, records, chain)
+    others = _draw_offered(run, [stage for stage in run.stages if stage.name in records])
+    return {"stages": results, "picture": str(chain), "pictures": [str(path) for path in (chain, *others)]}
+
+
+def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:
+    """Draws the pictures the objectives offer; returns those that could be drawn."""
+    stage_of = {name: stage for stage in finished for name in pictures.offered(build_objectives(stage))}
+    drawn = []
+    for name, stage in stage_of.items():
+        path = run.folder / f"{name}.png"
+        try:
+            pictures.PICTURES[name](_finished_stage(run, stage), path)
+        except UserError as error:
+            say(f"no {path.name} of stage {stage.name}: {error}")
+        else:
+            drawn.append(path)
+    return drawn
+
+
+def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
+    """What pictures of a stage are drawn from; images are read only by the one that asks for them."""
+    image_shape, num_classes = data.describe(stage.data)
+    terms = build_objectives(stage)
+    target = jax.eval_shape(lambda: create.objective_states(terms, num_classes))
+    with CheckpointStore(run.checkpoints(stage), read_only=True) as store:
+        state = store.restore_items({"objective_state": target})[0]["objective_state"]
+
+    def features() -> tuple[np.ndarray, np.ndarray]:
+        network = run.network(stage, num_classes=num_classes)
+        variables = run.load_variables(f"stage:{stage.name}", create.variable_shapes(network, image_shape))
+        source = run.load_data(_only_test(stage))
+        test = source.test.take(np.arange(min(pictures.MOST_IMAGES, len(source.test))))
+        found = features_of(
+            network,
+            variables,
+            test.images,
+            prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
+            batch_size=run.config["train"]["eval_batch_size"],
+            devices=all_devices(),
+        )
+        return found, test.labels
+
+    names = data.class_names(stage.data, data_dir=run.config["data"]["data_dir"])
+    return pictures.FinishedStage(stage.name, terms, jax.device_get(state), features, names)
+
+
+def _only_test(stage: Stage) -> Stage:
+    """The stage with one training image: evaluation needs none, and decoding them all takes most of the time."""
+    return dataclasses.replace(stage, data=dataclasses.replace(stage.data, num_train=1, validation_fraction=0.0))

@@ -65,7 +65,9 @@ class DataSpec:
       num_train: number of training images used, the first ones in the stored order; None takes all.
       num_eval: number of test images used; None takes all.
       validation_fraction: share of the training images held out to choose the best epoch; 0 chooses on the test set.
-      augment: 'pad_crop_flip' (zero padding, random crop, horizontal flip), 'pad_crop' or 'none'.
+      augment: 'pad_crop_flip' (zero padding, random crop, horizontal flip), 'pad_crop', 'edge_crop_flip' (padding
+        repeats the border) or 'none'.
+      normalize: whether the channels are normalised; else pixels are used as they are, in [0, 1].
       options: further options of the source, such as the image size of generated images.
     """
 
@@ -74,6 +76,7 @@ class DataSpec:
     num_eval: int | None = None
     validation_fraction: float = 0.0
     augment: str = "pad_crop_flip"
+    normalize: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -85,11 +88,13 @@ class ParameterGroup:
       pattern: regular expression, searched in the path ('layer1_0/conv1/kernel').
       weight_decay: coupled L2 factor (gradient += weight_decay * parameter).
       learning_rate_scale: factor on the learning rate; 0 freezes the group.
+      bounds: smallest and largest value the parameters keep to after every step, or None.
     """
 
     pattern: str
     weight_decay: float = 0.0
     learning_rate_scale: float = 1.0
+    bounds: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +142,7 @@ class Stage:
       init_seed: seed of the initial variables (and so of pruning masks drawn from them).
       bits: nominal bits per weight, for tables only.
       compute_dtype: 'float32' or 'bfloat16' (convolutions of integer codes only).
+      log_gradient_norms: whether the gradient norm of every objective is recorded; costs one backward pass for each.
     """
 
     name: str
@@ -155,6 +161,7 @@ class Stage:
     init_seed: int = 0
     bits: float = 32.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    log_gradient_norms: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

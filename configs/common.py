@@ -12,13 +12,18 @@ def base() -> ml_collections.ConfigDict:
     config.seed = 0  # seed of data order, augmentation, initial weights
     config.network = "resnet20"  # key in bnn_jax.networks.NETWORKS
 
+    config.extra_objectives = ()  # of 'feature_swap', 'label_bank', 'cluster': added to the method's own
+    config.extra_objective_weights = ()  # one for each; empty: 1, 0.05, 0.01 as published
+    config.extra_objectives_on = "last_stage"  # 'last_stage' | 'all_stages'
+
     config.data = ml_collections.ConfigDict()
     config.data.name = "cifar10"  # key in bnn_jax.data.SOURCES
     config.data.data_dir = config_dict.placeholder(str)  # folder of prepared data; None: TFDS_DATA_DIR or TFDS's own
     config.data.num_train = config_dict.placeholder(int)  # training images used; None: all
     config.data.num_eval = config_dict.placeholder(int)  # test images used; None: all
     config.data.validation_fraction = 0.0  # share of train held out to choose the best epoch; 0: chosen on the test set
-    config.data.augment = "pad_crop_flip"  # 'pad_crop_flip' | 'pad_crop' | 'none'
+    config.data.augment = "pad_crop_flip"  # 'pad_crop_flip' | 'pad_crop' | 'edge_crop_flip' | 'none'
+    config.data.normalize = True  # whether the channels are normalised; else pixels stay in [0, 1]
     config.data.image_size = config_dict.placeholder(int)  # pixels, for generated or embedded images only
     config.data.num_classes = config_dict.placeholder(int)  # for generated images only
 
@@ -59,8 +64,31 @@ def asbq() -> ml_collections.ConfigDict:
     return section
 
 
+def skd() -> ml_collections.ConfigDict:
+    """The section of SKD-BNN: a stage for each entry of ``epochs``, starting from the weights of the one before."""
+    section = ml_collections.ConfigDict()
+    section.preset = "paper"  # 'paper' | 'release', see bnn_jax/methods/skd.py
+    section.distill = True  # False: IR-Net alone
+    section.epochs = (700,)  # per stage
+    section.learning_rates = (0.1,)  # per stage
+    section.warmup_epochs = (8,)  # per stage
+    section.final_learning_rate = 0.0  # what the cosine approaches
+    section.optimizer = "sgd"  # 'sgd' | 'adam'
+    section.feature_weight = 1.0  # alpha
+    section.label_weight = 0.05  # beta
+    section.cluster_weight = 0.01  # gamma
+    section.temperature = 4.0  # of the label bank
+    section.strict_release = config_dict.placeholder(bool)  # NaN bank rows for classes never right
+    section.reset_bank = config_dict.placeholder(bool)  # clears the bank every epoch (MNIST release)
+    section.task_loss = config_dict.placeholder(str)  # 'cross_entropy' | 'squared_hinge'
+    section.hidden = config_dict.placeholder(int)  # units of the MLP's hidden layers
+    section.dropout = 0.5  # of the MLP
+    section.log_gradient_norms = False  # records the gradient norm of every loss term, at the cost of a pass for each
+    return section
+
+
 def smoke(config: ml_collections.ConfigDict, *, image_size: int, num_classes: int) -> ml_collections.ConfigDict:
-    """Two steps per stage on generated images of the real size: shows that a config runs, needs no data set."""
+    """Two steps per epoch on generated images of the real size: shows that a config runs, needs no data set."""
     config.name = f"{config.name}_smoke"
     config.data.name = "synthetic"
     config.data.image_size = image_size

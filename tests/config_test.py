@@ -44,7 +44,8 @@ def test_validation_is_idempotent():
 
 def test_every_method_has_a_section_and_its_defaults_fill_it():
     assert set(SECTIONS) == set(METHODS)
-    assert set(flatten({"asbq": common.asbq().to_dict()})) == set(SECTIONS["asbq"])
+    for name, section in (("asbq", common.asbq()), ("skd", common.skd())):
+        assert set(flatten({name: section.to_dict()})) == set(SECTIONS[name])
     assert set(flatten(common.base().to_dict())) == set(COMMON)
 
 
@@ -106,11 +107,11 @@ def test_numbers_and_sequences_get_the_type_of_the_schema():
         # names
         ("network", "resnet21", "accepted are resnet8, resnet14, resnet20"),
         ("data.name", "cifar11", "accepted are "),
-        ("data.augment", "flip", "accepted is one of 'pad_crop_flip', 'pad_crop', 'none'"),
+        ("data.augment", "flip", "accepted is one of 'pad_crop_flip', 'pad_crop', 'edge_crop_flip', 'none'"),
         ("train.compute_dtype", "float16", "accepted is one of 'float32', 'bfloat16'"),
-        ("method", "snn2", "accepted are asbq"),
-        ("method", None, "accepted are asbq"),
-        ("method", ["asbq"], "accepted are asbq"),
+        ("method", "snn2", "accepted are skd, asbq"),
+        ("method", None, "accepted are skd, asbq"),
+        ("method", ["asbq"], "accepted are skd, asbq"),
         ("asbq.preset", "published", "accepted is one of 'paper', 'release', 'checkpoint'"),
         ("asbq.block", "bottleneck", "accepted is one of 'release', 'checkpoint', 'imagenet'"),
         ("asbq.w1", "binary", "accepted is one of 'sign', 'levels'"),
@@ -120,6 +121,12 @@ def test_numbers_and_sequences_get_the_type_of_the_schema():
         ("asbq.copy_from", "first", "accepted is one of 'best', 'last'"),
         ("asbq.kd_reduction", "sum", "accepted is one of 'mean', 'batchmean'"),
         ("asbq.kd_factor", "T", "accepted is one of '1', 'T2', '2T2'"),
+        # further objectives
+        ("extra_objectives", "cluster", "accepted is a tuple of str, of feature_swap, label_bank, cluster, each once"),
+        ("extra_objectives", ("clusters",), "accepted is a tuple of str, of feature_swap, label_bank, cluster"),
+        ("extra_objectives", ("cluster", "cluster"), "accepted is a tuple of str, of feature_swap, label_bank"),
+        ("extra_objective_weights", (-1.0,), "accepted is a tuple of float, numbers of 0 or more"),
+        ("extra_objectives_on", "first_stage", "accepted is one of 'last_stage', 'all_stages'"),
     ],
 )
 def test_a_bad_value_is_refused_with_key_value_and_what_is_accepted(key, value, accepted):

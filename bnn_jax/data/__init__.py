@@ -31,6 +31,7 @@ __all__ = [
     "SourceEntry",
     "Split",
     "build",
+    "class_names",
     "describe",
     "index_plan",
     "sequential_plan",
@@ -86,6 +87,17 @@ def describe(spec: DataSpec) -> tuple[tuple[int, int, int], int]:
     return (side or height, side or width, channels), options.get("num_classes", num_classes)
 
 
+def class_names(spec: DataSpec, *, data_dir: str | None) -> tuple[str, ...]:
+    """Names of the classes of a ``DataSpec``: those stored with the prepared images if there are any, else numbers.
+
+    Raises:
+      DataError: an unknown name or option.
+    """
+    _, num_classes = describe(spec)
+    known = tfds_source.class_names(spec.name, data_dir) if spec.name in tfds_source.TFDS_SETS else None
+    return known or tuple(str(label) for label in range(num_classes))
+
+
 def _entry(spec: DataSpec) -> SourceEntry:
     if spec.name not in SOURCES:
         raise DataError(f"data.name is {spec.name!r}: accepted are {', '.join(SOURCES)}")
@@ -123,8 +135,8 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
         train=train,
         test=loaded.test,
         validation=validation,
-        mean=loaded.mean,
-        std=loaded.std,
+        mean=loaded.mean if spec.normalize else (0.0,) * len(loaded.mean),
+        std=loaded.std if spec.normalize else (1.0,) * len(loaded.std),
         augment=spec.augment,
         # An eighth of the side: the usual 4 pixels at 32x32, in proportion at other sizes.
         pad=train.images.shape[1] // 8,

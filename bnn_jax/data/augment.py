@@ -20,7 +20,7 @@ def prepare_train(
       key: random key of this step; every image gets its own offsets and flip.
       mean: mean of pixels / 255, per channel.
       std: standard deviation of pixels / 255, per channel.
-      augment: 'pad_crop_flip', 'pad_crop' or 'none'.
+      augment: 'pad_crop_flip', 'pad_crop', 'edge_crop_flip' (padding repeats the border) or 'none'.
       pad: zero padding in pixels per side.
 
     Returns:
@@ -32,8 +32,8 @@ def prepare_train(
     if augment not in AUGMENTATIONS:
         raise ValueError(f"augment {augment!r}: accepted are {', '.join(AUGMENTATIONS)}")
     if augment != "none":
-        offsets, flips = draw_crops(key, images.shape[0], pad=pad, flip=augment == "pad_crop_flip")
-        images = crop_and_flip(images, offsets, flips, pad=pad)
+        offsets, flips = draw_crops(key, images.shape[0], pad=pad, flip=augment.endswith("_flip"))
+        images = crop_and_flip(images, offsets, flips, pad=pad, repeat_edge=augment == "edge_crop_flip")
     return normalize(images, mean=mean, std=std)
 
 
@@ -60,7 +60,9 @@ def draw_crops(key: jax.Array, num_images: int, *, pad: int, flip: bool) -> tupl
     return offsets, flips
 
 
-def crop_and_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array, *, pad: int) -> jax.Array:
+def crop_and_flip(
+    images: jax.Array, offsets: jax.Array, flips: jax.Array, *, pad: int, repeat_edge: bool = False
+) -> jax.Array:
     """Crops each image, padded with zeros, back to its size, then flips it horizontally where asked.
 
     The padded image is never made: row and column of every output pixel's source are computed, one gather reads them,
@@ -70,7 +72,8 @@ def crop_and_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array, *, pa
       images: (N, H, W, C).
       offsets: int (N, 2), (row, column) of the crop in the padded image, in [0, 2 * pad].
       flips: bool (N,).
-      pad: zero padding in pixels per side.
+      pad: padding in pixels per side.
+      repeat_edge: pads with the pixels of the border instead of zeros.
 
     Returns:
       (N, H, W, C), dtype of ``images``.
@@ -85,6 +88,8 @@ def crop_and_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array, *, pa
     cropped = jax.vmap(lambda image, row, column: image[row[:, None], column[None, :]])(
         images, jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
     )
+    if repeat_edge:
+        return cropped
     return jnp.where(inside[..., None], cropped, jnp.zeros((), images.dtype))
 
 

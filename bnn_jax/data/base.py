@@ -13,7 +13,7 @@ import numpy as np
 
 from bnn_jax.errors import DataError
 
-AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "none")
+AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", "none")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class ResidentSource:
       validation: images held out from the training images to choose the best epoch, or None.
       mean: mean of pixels / 255, per channel.
       std: standard deviation of pixels / 255, per channel.
-      augment: 'pad_crop_flip', 'pad_crop' or 'none'.
+      augment: one of ``AUGMENTATIONS``.
       pad: zero padding before the random crop, in pixels per side.
       fingerprint: SHA-256 of the images and labels of all splits, in their order.
     """

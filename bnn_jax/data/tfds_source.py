@@ -85,6 +85,17 @@ def load(name: str, request: LoadRequest) -> LoadedImages:
     return LoadedImages(train, test, expected.num_classes, expected.mean, expected.std)
 
 
+def class_names(name: str, data_dir: str | None) -> tuple[str, ...] | None:
+    """Names of the classes of a prepared data set, as stored beside it; None where there is no complete list."""
+    folder = pathlib.Path(data_dir or default_data_dir()).expanduser()
+    # The newest version, which is the one that is read.
+    for path in sorted(folder.glob(f"{name}/*/label.labels.txt"), reverse=True)[:1]:
+        names = path.read_text(encoding="utf-8").split("\n")
+        names = tuple(line.strip() for line in names if line.strip())
+        return names if len(names) == TFDS_SETS[name].num_classes else None
+    return None
+
+
 def default_data_dir() -> str:
     """The folder TFDS uses when none is named."""
     return os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")

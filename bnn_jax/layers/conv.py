@@ -66,9 +66,12 @@ class QuantConv(nn.Module):
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """(N, H, W, I) -> (N, H', W', O), float32."""
         shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
-        x, kernel, scales = quantized_operands(self, x, shape, ctx)
         convolve = _Convolution(self.strides, self.padding, self.groups)
-        y = convolve(x, kernel) if scales is None else convolve_codes(convolve, x, kernel, *scales)
+
+        def multiply(x: jax.Array, kernel: jax.Array, scales: tuple | None) -> jax.Array:
+            return convolve(x, kernel) if scales is None else convolve_codes(convolve, x, kernel, *scales)
+
+        y = quantized_product(self, x, shape, ctx, multiply=multiply)
         return _add_bias(self, y, fan_in=_product(shape[:-1]))
 
 
@@ -97,30 +100,57 @@ class QuantDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """(N, I) -> (N, O), float32."""
-        x, kernel, _ = quantized_operands(self, x, (x.shape[-1], self.features), ctx)
-        return _add_bias(self, x @ kernel, fan_in=kernel.shape[0])
+        shape = (x.shape[-1], self.features)
+        y = quantized_product(self, x, shape, ctx, multiply=lambda x, kernel, _: x @ kernel)
+        return _add_bias(self, y, fan_in=shape[0])
 
 
-def quantized_operands(layer: Any, x: jax.Array, shape: tuple[int, ...], ctx: QuantContext):
-    """Quantized input, quantized kernel and, for integer codes in bfloat16, the two scales (else None).
+def quantized_product(
+    layer: Any, x: jax.Array, shape: tuple[int, ...], ctx: QuantContext, *, multiply: Callable[..., jax.Array]
+) -> jax.Array:
+    """The layer's output before its bias, in the stream of ``ctx``.
 
     Called inside the layer's compact ``__call__``: creates the parameter ``kernel`` and the two quantizers.
+
+    Forward, stream 'quant': ``y = multiply(act_quantizer(x), weight_quantizer(kernel))``; y is kept in the collection
+      'taps' if the caller asks for that collection.
+    Forward, stream 'real': ``|y| * sign(multiply(x, real_kernel))`` with the y of the first pass, read from 'taps':
+      only the sign comes from real values. A layer whose weights are not quantized works as in the stream 'quant'.
+    Backward: the stream 'real' has no gradient.
 
     Args:
       layer: the QuantConv or QuantDense.
       x: input.
       shape: shape of the kernel.
       ctx: context.
+      multiply: (x, kernel, scales) -> output; ``scales`` are those of the two operands where both are integer codes to
+        be multiplied in bfloat16, else None.
+
+    Reference: release: Wzixin/SKD-BNN ("value swapping").
     """
     weight_quantizer = layer.weight_quantizer(name="weight_quantizer")
     act_quantizer = layer.act_quantizer(name="act_quantizer")
     latent_init = weight_quantizer.latent_init(layer.kernel_init)
     latent = layer.param("kernel", latent_init, weight_quantizer.latent_shape(shape))
+    quantized = weight_quantizer.stored_bits < 32
+    if ctx.stream == "real" and quantized:
+        magnitude = jnp.abs(layer.get_variable("taps", "output"))
+        return jax.lax.stop_gradient(magnitude * jnp.sign(multiply(x, weight_quantizer.real_kernel(latent), None)))
     scales = None
     if getattr(layer, "compute_dtype", "float32") == "bfloat16":
         pair = (act_quantizer.code_scale(), weight_quantizer.code_scale(latent))
-        scales = None if None in [s if s is None else 0 for s in pair] else pair
-    return act_quantizer(x, ctx), weight_quantizer(latent, ctx), scales
+        scales = None if any(scale is None for scale in pair) else pair
+    y = multiply(act_quantizer(x, ctx), weight_quantizer(latent, ctx), scales)
+    if quantized:
+        keep_latest(layer, "taps", "output", y)
+    return y
+
+
+def keep_latest(module: nn.Module, collection: str, name: str, value: jax.Array) -> None:
+    """Hands a value to whoever applies the network with ``collection`` mutable; without effect otherwise."""
+    if module.is_initializing():
+        return  # Fresh variables are those that are trained and saved.
+    module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: value)
 
 
 def _add_bias(layer: Any, y: jax.Array, fan_in: int) -> jax.Array:
@@ -158,7 +188,8 @@ class _Convolution:
             self.padding,
             dimension_numbers=LAYOUT,
             feature_group_count=self.groups,
-            preferred_element_type=jnp.float32,
+            # bfloat16 operands give float32 sums; wider operands keep their type.
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
         )
 
 
@@ -176,7 +207,7 @@ def convolve_codes(
       x: (N, H, W, I), float32.
       kernel: (kh, kw, I, O), float32.
       x_scale: scalar.
-      kernel_scale: scalar, or broadcastable to (O,).
+      kernel_scale: scalar, or (1, 1, 1, O).
     """
     return _convolve_codes(convolve, x, kernel, jnp.float32(x_scale), jnp.asarray(kernel_scale, jnp.float32))
 

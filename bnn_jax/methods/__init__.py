@@ -3,16 +3,17 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnn_jax.methods import asbq
+from bnn_jax.methods import asbq, skd
+from bnn_jax.methods.common import add_extra_objectives
 from bnn_jax.stages import Stage
 
-METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {"asbq": asbq.stages}
+METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {"asbq": asbq.stages, "skd": skd.stages}
 
 
 def build(config: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """The stages of ``config.method``.
+    """The stages of ``config.method``, with ``config.extra_objectives`` added.
 
     Raises:
       UserError: a combination of values the method cannot do.
     """
-    return METHODS[config["method"]](config)
+    return add_extra_objectives(config, METHODS[config["method"]](config))

@@ -1,9 +1,14 @@
 """Parts of a stage that every method takes from the shared sections of the config."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, Spec, spec
+from bnn_jax.errors import UserError
+from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, Spec, Stage, spec
+
+# Weights of the self-distillation terms in the published recipes.
+EXTRA_OBJECTIVE_WEIGHTS = {"feature_swap": 1.0, "label_bank": 0.05, "cluster": 0.01}
 
 
 def data_spec(config: Mapping[str, Any]) -> DataSpec:
@@ -16,6 +21,7 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         num_eval=data["num_eval"],
         validation_fraction=data["validation_fraction"],
         augment=data["augment"],
+        normalize=data["normalize"],
         options=tuple(sorted(options.items())),
     )
 
@@ -31,3 +37,32 @@ def sgd_spec(config: Mapping[str, Any], *, learning_rate: Spec, epochs: int) -> 
         groups=(ParameterGroup(".*", weight_decay=train["weight_decay"]),),
         drop_last_batch=train["drop_last_batch"],
     )
+
+
+def add_extra_objectives(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages with ``config.extra_objectives`` added, on the last one or on all.
+
+    Raises:
+      UserError: the weights do not fit the objectives, or an objective is there already.
+    """
+    names, weights = config["extra_objectives"], config["extra_objective_weights"]
+    if weights and len(weights) != len(names):
+        raise UserError(f"config.extra_objective_weights={weights!r}: accepted is none, or one for each of {names!r}")
+    weights = weights or tuple(EXTRA_OBJECTIVE_WEIGHTS[name] for name in names)
+    first = len(stages) - 1 if config["extra_objectives_on"] == "last_stage" else 0
+    for stage in stages[first:]:
+        twice = {term.name for term in stage.objectives} & set(names)
+        if twice:
+            raise UserError(f"config.extra_objectives: {sorted(twice)[0]!r} is part of stage {stage.name} already")
+
+    def extended(stage: Stage) -> Stage:
+        extra = tuple(_extra_objective(stage, *choice) for choice in zip(names, weights))
+        return dataclasses.replace(stage, objectives=stage.objectives + extra)
+
+    return stages[:first] + tuple(extended(stage) for stage in stages[first:])
+
+
+def _extra_objective(stage: Stage, name: str, weight: float) -> Spec:
+    # Features of a dense layer have no positions to average over.
+    flat = name == "feature_swap" and stage.network.name == "hardtanh_mlp"
+    return spec(name, weight=weight, **({"compare": "elementwise"} if flat else {}))

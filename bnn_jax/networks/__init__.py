@@ -1,18 +1,20 @@
 """Table of the networks, and the one function that builds them from a ``Spec``."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 
 from bnn_jax.layers.conv import QuantConv, QuantDense, fan_in_uniform
-from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_out_normal
+from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_in_normal, he_fan_out_normal
 from bnn_jax.networks.blocks import BLOCKS
+from bnn_jax.networks.hard_tanh import HardTanhMlp, HardTanhResNet, HardTanhVgg
 from bnn_jax.networks.resnet import CifarResNet, ImageNetResNet
 from bnn_jax.networks.vgg_small import VggSmall
 from bnn_jax.quantizers import build_act, build_weight
-from bnn_jax.stages import QuantSpec, Spec
+from bnn_jax.stages import IDENTITY, QuantSpec, Spec
 
 
 def _cifar_resnet(blocks_per_stage: int) -> Callable[..., nn.Module]:
@@ -35,17 +37,33 @@ NETWORKS: dict[str, Callable[..., Any]] = {
         ImageNetResNet, stage_sizes=(3, 4, 6, 3), widths=(64, 128, 256, 512), block="imagenet"
     ),
     "vgg_small": VggSmall,
+    "hardtanh_resnet20": functools.partial(
+        HardTanhResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64), block="double_skip_padded"
+    ),
+    "hardtanh_resnet18_cifar": functools.partial(
+        HardTanhResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), block="single_skip"
+    ),
+    "hardtanh_resnet18": functools.partial(
+        HardTanhResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), imagenet_stem=True
+    ),
+    "hardtanh_vgg_small": HardTanhVgg,
+    "hardtanh_mlp": HardTanhMlp,
 }
 
-KERNEL_INITS: dict[str, Callable[..., Any]] = {"uniform": fan_in_uniform, "he_normal": he_fan_out_normal}
+KERNEL_INITS: dict[str, Callable[..., Any]] = {
+    "uniform": fan_in_uniform,
+    "he_normal": he_fan_out_normal,
+    "he_fan_in_normal": he_fan_in_normal,
+}
 
 
 def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str = "float32") -> Any:
     """Builds the network a ``Spec`` names.
 
     Args:
-      spec: name in ``NETWORKS`` and the network's options; ``kernel_init`` ('uniform' or 'he_normal') is the
-        initialiser of the quantized convolutions.
+      spec: name in ``NETWORKS`` and the network's options; ``kernel_init`` is the initialiser of the quantized layers,
+        ``full_precision_init`` that of the first convolution and the shortcuts where these are not quantized; both are
+        keys of ``KERNEL_INITS``.
       quant: quantizers.
       num_classes: outputs K.
       compute_dtype: 'float32' or 'bfloat16'.
@@ -59,24 +77,37 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
     if spec.name not in NETWORKS:
         raise ValueError(f"network {spec.name!r}: accepted are {', '.join(NETWORKS)}")
     options = spec.kwargs
-    kernel_init = options.pop("kernel_init", "uniform")
-    if kernel_init not in KERNEL_INITS:
-        raise ValueError(f"kernel_init {kernel_init!r}: accepted are {', '.join(KERNEL_INITS)}")
+    inner_init = _kernel_init(options, "kernel_init", default="uniform")
+    outer_init = _kernel_init(options, "full_precision_init", default="he_normal")
     if options.get("block", "release") not in BLOCKS:
         raise ValueError(f"block {options['block']!r}: accepted are {', '.join(BLOCKS)}")
     act = build_act(quant.act)
     conv = functools.partial(QuantConv, compute_dtype=compute_dtype)
-    inner_init = KERNEL_INITS[kernel_init]
+    weight = build_weight(quant.weight)
     layers = Layers(
-        conv=functools.partial(
-            conv, weight_quantizer=build_weight(quant.weight), act_quantizer=act, kernel_init=inner_init
+        conv=functools.partial(conv, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
+        first_conv=functools.partial(
+            conv,
+            weight_quantizer=build_weight(quant.first),
+            kernel_init=outer_init if quant.first == IDENTITY else inner_init,
         ),
-        first_conv=functools.partial(conv, weight_quantizer=build_weight(quant.first), kernel_init=inner_init),
-        shortcut_conv=functools.partial(conv, weight_quantizer=build_weight(quant.shortcut)),
+        shortcut_conv=functools.partial(conv, weight_quantizer=build_weight(quant.shortcut), kernel_init=outer_init),
         dense=functools.partial(QuantDense, weight_quantizer=build_weight(quant.last)),
+        inner_dense=functools.partial(QuantDense, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
         act=act,
     )
+    known = inspect.signature(NETWORKS[spec.name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"network {spec.name!r} has no option {option!r}")
     return NETWORKS[spec.name](layers=layers, num_classes=num_classes, **options)
+
+
+def _kernel_init(options: dict[str, Any], key: str, *, default: str) -> Callable[..., Any]:
+    name = options.pop(key, default)
+    if name not in KERNEL_INITS:
+        raise ValueError(f"{key} {name!r}: accepted are {', '.join(KERNEL_INITS)}")
+    return KERNEL_INITS[name]
 
 
 __all__ = ["NETWORKS", "Layers", "NetworkOutput", "build"]

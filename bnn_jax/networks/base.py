@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.layers.conv import keep_latest
 from bnn_jax.quantizers.base import ActQuantizer
 
 
@@ -34,6 +35,7 @@ class Layers:
       first_conv: first convolution, reading the image.
       shortcut_conv: 1x1 convolution on a shortcut.
       dense: classifier.
+      inner_dense: hidden dense layer with weight and activation quantizer.
       act: activation quantizer on its own, for blocks that quantize somewhere else than at a convolution's input.
     """
 
@@ -41,16 +43,39 @@ class Layers:
     first_conv: Callable[..., nn.Module]
     shortcut_conv: Callable[..., nn.Module]
     dense: Callable[..., nn.Module]
+    inner_dense: Callable[..., nn.Module]
     act: Callable[..., ActQuantizer]
 
     def conv_without_act(self, *args: Any, **options: Any) -> nn.Module:
         """An inner convolution whose input is taken as it is."""
         return self.conv(*args, act_quantizer=ActQuantizer, **options)
 
+    def inner_dense_without_act(self, *args: Any, **options: Any) -> nn.Module:
+        """A hidden dense layer whose input is taken as it is."""
+        return self.inner_dense(*args, act_quantizer=ActQuantizer, **options)
+
+
+def flatten_channels_first(x: jax.Array) -> jax.Array:
+    """(N, H, W, C) -> (N, C * H * W), channel by channel, as published classifier weights expect."""
+    return jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
+
+
+def keep_feature(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Hands out an intermediate feature map in the collection 'block_features'.
+
+    The two streams of self-distillation are compared at these places.
+    """
+    keep_latest(module, "block_features", name, value)
+
 
 def he_fan_out_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Normal with standard deviation sqrt(2 / (kh * kw * O)) for a kernel (kh, kw, I, O)."""
     return jax.random.normal(key, shape, dtype) * (2.0 / (shape[0] * shape[1] * shape[-1])) ** 0.5
+
+
+def he_fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Normal with standard deviation sqrt(2 / fan_in); fan_in is the product of all axes but the last."""
+    return nn.initializers.variance_scaling(2.0, "fan_in", "normal")(key, shape, dtype)
 
 
 def xavier_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

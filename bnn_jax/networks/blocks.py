@@ -1,11 +1,15 @@
 """Residual blocks of the published low-bit networks: where normalisation, quantizer and shortcut stand differs."""
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from bnn_jax.layers.norm import BatchNorm
-from bnn_jax.networks.base import Layers, he_fan_out_normal
-from bnn_jax.ops.ste import relu6
+from bnn_jax.networks.base import Layers, keep_feature
+from bnn_jax.ops.ste import hard_tanh, relu6
 from bnn_jax.quantizers.base import QuantContext
 
 
@@ -37,7 +41,6 @@ class ResidualBlock(nn.Module):
             kernel_size=(1, 1),
             strides=(self.stride, self.stride),
             padding=((0, 0), (0, 0)),
-            kernel_init=he_fan_out_normal,
             name="downsample_conv",
         )
         return BatchNorm(name="downsample_bn")(conv(source, ctx), ctx)
@@ -62,8 +65,10 @@ class PreActivationBlock(ResidualBlock):
         conv1 = self.layers.conv(self.features, strides=self.strides, name="conv1")
         conv2 = self.layers.conv(self.features, name="conv2")
         h = conv1(relu6(BatchNorm(name="bn1")(x, ctx)), ctx)
-        z = conv2(relu6(BatchNorm(name="bn2")(h, ctx)), ctx)
-        return z + self.shortcut(x, x, ctx)
+        keep_feature(self, "after_conv1", h)
+        z = conv2(relu6(BatchNorm(name="bn2")(h, ctx)), ctx) + self.shortcut(x, x, ctx)
+        keep_feature(self, "after_conv2", z)
+        return z
 
 
 class RealInputBlock(ResidualBlock):
@@ -80,8 +85,11 @@ class RealInputBlock(ResidualBlock):
         """(N, H, W, C) -> (N, H/stride, W/stride, features)."""
         a = self.layers.act(name="act1")(relu6(BatchNorm(name="bn1")(x, ctx)), ctx)
         h = self.layers.conv_without_act(self.features, strides=self.strides, name="conv1")(x, ctx)
-        z = self.layers.conv(self.features, name="conv2")(relu6(BatchNorm(name="bn2")(h, ctx)), ctx)
-        return z + self.shortcut(x, a, ctx)
+        keep_feature(self, "after_conv1", h)
+        conv2 = self.layers.conv(self.features, name="conv2")
+        z = conv2(relu6(BatchNorm(name="bn2")(h, ctx)), ctx) + self.shortcut(x, a, ctx)
+        keep_feature(self, "after_conv2", z)
+        return z
 
 
 class NormAfterQuantizerBlock(ResidualBlock):
@@ -102,12 +110,57 @@ class NormAfterQuantizerBlock(ResidualBlock):
         x = relu6(x)
         a = BatchNorm(name="bn1")(self.layers.act(name="act1")(x, ctx), ctx)
         h = conv1(a, ctx)
+        keep_feature(self, "after_conv1", h)
         z = conv2(BatchNorm(name="bn2")(self.layers.act(name="act2")(relu6(h), ctx), ctx), ctx)
-        return z + self.shortcut(x, x, ctx)
+        z = z + self.shortcut(x, x, ctx)
+        keep_feature(self, "after_conv2", z)
+        return z
 
 
-BLOCKS: dict[str, type[ResidualBlock]] = {
+class HardTanhBlock(ResidualBlock):
+    """Binary block of IR-Net and SKD-BNN: quantizer inside the convolution, BatchNorm, shortcut, clip to [-1, 1].
+
+    Forward, ``double_skip``: ``a1 = ht(bn1(conv1(x)) + s(x)); a2 = ht(bn2(conv2(a1)) + a1)``; else, single skip:
+      ``a1 = ht(bn1(conv1(x))); a2 = ht(bn2(conv2(a1)) + s(x))``, ht = clip to [-1, 1].
+
+    Attributes:
+      double_skip: whether every convolution has a shortcut of its own.
+      pad_shortcut: whether a shortcut that changes shape takes every second position and pads the channels with zeros;
+        else it is a 1x1 convolution and BatchNorm.
+
+    Reference: IR-Net, Qin et al. 2020 (arXiv 1909.10788); release: Wzixin/SKD-BNN.
+    """
+
+    double_skip: bool = True
+    pad_shortcut: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """(N, H, W, C) -> (N, H/stride, W/stride, features), values in [-1, 1]."""
+        y1 = self.layers.conv(self.features, strides=self.strides, name="conv1")(x, ctx)
+        y1 = BatchNorm(name="bn1")(y1, ctx)
+        skip = self.padded_shortcut(x) if self.pad_shortcut else self.shortcut(x, x, ctx)
+        a1 = hard_tanh(y1 + skip if self.double_skip else y1)
+        keep_feature(self, "after_conv1", a1)
+        y2 = BatchNorm(name="bn2")(self.layers.conv(self.features, name="conv2")(a1, ctx), ctx)
+        a2 = hard_tanh(y2 + (a1 if self.double_skip else skip))
+        keep_feature(self, "after_conv2", a2)
+        return a2
+
+    def padded_shortcut(self, x: jax.Array) -> jax.Array:
+        """``x``, or every second position of it with a quarter of the new channels as zeros on either side."""
+        if not self.downsamples(x):
+            return x
+        missing = self.features - x.shape[-1]
+        channels = (missing // 2, missing - missing // 2)
+        return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), channels))
+
+
+BLOCKS: dict[str, Callable[..., ResidualBlock]] = {
     "release": PreActivationBlock,
     "checkpoint": RealInputBlock,
     "imagenet": NormAfterQuantizerBlock,
+    "double_skip": HardTanhBlock,
+    "double_skip_padded": functools.partial(HardTanhBlock, pad_shortcut=True),
+    "single_skip": functools.partial(HardTanhBlock, double_skip=False),
 }

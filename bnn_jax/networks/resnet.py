@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from bnn_jax.layers.norm import BatchNorm
-from bnn_jax.networks.base import Layers, NetworkOutput, global_average_pool, he_fan_out_normal, xavier_normal
+from bnn_jax.networks.base import Layers, NetworkOutput, global_average_pool, xavier_normal
 from bnn_jax.networks.blocks import BLOCKS, ResidualBlock
 from bnn_jax.ops.ste import relu6
 from bnn_jax.quantizers.base import QuantContext
@@ -31,7 +31,7 @@ class ResNet(nn.Module):
 
     def blocks(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """All stages, called inside the compact ``__call__``; block b of stage s (from 1) is named ``layer<s>_<b>``."""
-        make: type[ResidualBlock] = BLOCKS[self.block]
+        make: Callable[..., ResidualBlock] = BLOCKS[self.block]
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for index in range(size):
                 stride = 2 if stage > 1 and index == 0 else 1
@@ -67,7 +67,7 @@ class CifarResNet(ResNet):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> NetworkOutput:
         """(N, H, W, 3) normalised images -> logits (N, K), features (N, widths[-1])."""
-        x = self.layers.first_conv(self.widths[0], kernel_init=he_fan_out_normal, name="conv1")(x, ctx)
+        x = self.layers.first_conv(self.widths[0], name="conv1")(x, ctx)
         x = self.blocks(x, ctx)
         return self.classify(global_average_pool(relu6(BatchNorm(name="bn")(x, ctx))), ctx)
 
@@ -86,7 +86,6 @@ class ImageNetResNet(ResNet):
             kernel_size=(7, 7),
             strides=(2, 2),
             padding=((3, 3), (3, 3)),
-            kernel_init=he_fan_out_normal,
             name="conv1",
         )
         x = BatchNorm(name="bn1")(relu6(conv1(x, ctx)), ctx)

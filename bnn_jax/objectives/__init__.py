@@ -1,13 +1,18 @@
 """Table of the objectives (loss terms), and the one function that builds them from a ``Spec``."""
 
 from bnn_jax.objectives.base import Batch, Objective, Outputs
-from bnn_jax.objectives.classification import CrossEntropy
+from bnn_jax.objectives.classification import CrossEntropy, SquaredHinge
 from bnn_jax.objectives.distill import Distillation
+from bnn_jax.objectives.self_distill import Cluster, FeatureSwap, LabelBank
 from bnn_jax.stages import Spec
 
 OBJECTIVES: dict[str, type[Objective]] = {
     CrossEntropy.name: CrossEntropy,
+    SquaredHinge.name: SquaredHinge,
     Distillation.name: Distillation,
+    FeatureSwap.name: FeatureSwap,
+    LabelBank.name: LabelBank,
+    Cluster.name: Cluster,
 }
 
 

@@ -33,11 +33,15 @@ class Outputs:
       logits: (N, K).
       features: (N, D), input of the classifier.
       teacher_logits: (N, K) of the teacher in evaluation mode, or None where no objective asks for it.
+      block_features: feature maps inside the network, sorted by path; () where no objective asks for them.
+      real_features: the same of the real stream, without gradient.
     """
 
     logits: jax.Array
     features: jax.Array
     teacher_logits: jax.Array | None = None
+    block_features: tuple[jax.Array, ...] = ()
+    real_features: tuple[jax.Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,12 @@ class Objective:
 
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What the step has to provide besides logits and features: 'teacher_logits'."""
+    """What the step has to provide besides logits and features: 'teacher_logits', 'real_features'."""
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        """Pictures a finished stage with this term can show, keys of ``bnn_jax.report.pictures.PICTURES``."""
+        return frozenset()
 
     def init(self, num_classes: int) -> Any:
         """State at the start of a stage, a pytree of arrays; {} if the term has none."""

@@ -121,3 +121,62 @@ def relu6(x: jax.Array) -> jax.Array:
     Reference: Krizhevsky, "Convolutional Deep Belief Networks on CIFAR-10", 2010.
     """
     return clip(x, 0.0, 6.0)
+
+
+@jax.custom_vjp
+def error_decay_sign(x: jax.Array, k: jax.Array | float, t: jax.Array | float) -> jax.Array:
+    """Sign whose gradient narrows during training (error decay estimator).
+
+    Forward: ``y = sign(x)`` with ``sign(0) = 0``.
+    Backward: ``dx = dy * k * t * (1 - tanh(t * x)**2)``; k and t get no gradient. There is no clipping at ``|x| > 1``.
+
+    Args:
+      x: array of any shape, floating point.
+      k: scalar > 0, height of the gradient over t.
+      t: scalar > 0, inverse width of the gradient.
+
+    Returns:
+      Array of the shape and dtype of ``x``, values -1, 0 (only at 0) and 1.
+
+    Reference: IR-Net, Qin et al. 2020 (arXiv 1909.10788), equations 12 to 14; release: htqin/IR-Net.
+    """
+    return jnp.sign(x)
+
+
+def _error_decay_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, k, t = residuals
+    slope = k * t * (1 - jnp.square(jnp.tanh(t * x)))
+    return (cotangent * slope).astype(cotangent.dtype), jnp.zeros_like(k), jnp.zeros_like(t)
+
+
+def _error_decay_forward(x: jax.Array, k: jax.Array | float, t: jax.Array | float) -> tuple[jax.Array, tuple]:
+    return jnp.sign(x), (x, jnp.asarray(k, x.dtype), jnp.asarray(t, x.dtype))
+
+
+error_decay_sign.defvjp(_error_decay_forward, _error_decay_backward)
+
+
+@straight_through
+def sign(x: jax.Array) -> jax.Array:
+    """Sign with 0 at zero, with the identity as gradient (no clipping at \\|x\\| > 1).
+
+    Forward: ``y = sign(x)``; 0 gives 0.
+    Backward: ``dx = dy``.
+
+    Args:
+      x: array of any shape, floating point.
+
+    Returns:
+      Array of the shape and dtype of ``x``, values -1, 0 and 1.
+
+    Reference: straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432), section 4.
+    """
+    return jnp.sign(x)
+
+
+def hard_tanh(x: jax.Array) -> jax.Array:
+    """``clip`` to [-1, 1]; the gradient passes where ``-1 < x < 1``.
+
+    Reference: Collobert 2004, "Large scale machine learning".
+    """
+    return clip(x, -1.0, 1.0)

@@ -6,18 +6,23 @@ from typing import Any
 
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
+from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
 from bnn_jax.quantizers.pruned import Pruned
 from bnn_jax.stages import Spec
 
 WEIGHT: dict[str, type[WeightQuantizer]] = {
     "identity": WeightQuantizer,
     "dorefa": DorefaWeight,
+    "irnet": IrNetWeight,
+    "sign": SignWeight,
     "pruned": Pruned,
 }
 
 ACT: dict[str, type[ActQuantizer]] = {
     "identity": ActQuantizer,
     "dorefa": DorefaAct,
+    "irnet": IrNetAct,
+    "sign": SignAct,
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: accuracy along a chain of stages, and the levels the weights take. Needs matplotlib."""
+"""Pictures of a run: accuracies of a chain, levels of the weights, label bank, features. Needs matplotlib."""
 
 import math
 import os
@@ -18,6 +18,18 @@ CURVE_WIDTH = 1.6
 MOST_COLUMNS = 6
 # A stage narrower than this share of the epoch axis gets a slanted label.
 NARROW = 0.11
+# Larger tables get no numbers and no name at every row.
+MOST_NAMED_CLASSES = 20
+DIVERGING = "PuOr_r"  # orange above 0, purple below: told apart without colour vision
+# Classes: the colours of Okabe and Ito without yellow, which is too pale on white, and three of Paul Tol's.
+CLASS_COLOURS = (
+    *("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000"),
+    *("#882255", "#999933", "#888888"),
+)
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">", "p")
+# t-SNE starts from this many principal components, as its authors did.
+PRINCIPAL_COMPONENTS = 50
+LEAST_IMAGES = 4
 
 
 def plot_chain(
@@ -69,13 +81,101 @@ def plot_weights(counts: Mapping[str, LevelCounts], path: str | os.PathLike) -> 
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
+def plot_label_bank(
+    bank: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    title: str = "label bank",
+    quantity: str = "mean logit",
+) -> None:
+    """Draws a bank of soft labels: a row for each true class, a column for each output.
+
+    Args:
+      bank: (K, K), float; a row of NaN is a class that has none.
+      class_names: K names.
+      path: PNG file to write.
+      title: first line of the title.
+      quantity: what a number of the bank is.
+
+    Raises:
+      UserError: matplotlib is not installed.
+      ValueError: the bank is not square, or the names do not fit it.
+    """
+    bank = np.asarray(bank, float)
+    if bank.ndim != 2 or bank.shape != (len(class_names),) * 2:
+        raise ValueError(f"plot_label_bank: a bank of shape {bank.shape} and {len(class_names)} names do not fit")
+    count = len(class_names)
+    side = min(max(3.4 + 0.5 * count, 5.0), 10.5)
+    figure = _new_figure(width=side + 0.9, height=side)
+    axis = figure.subplots()
+    _draw_bank(figure, axis, bank, quantity=quantity)
+    _name_classes(axis, class_names)
+    unknown = int(np.isnan(bank).all(axis=1).sum())
+    note = f"; gray: no row for {unknown} of {count} classes" if unknown else ""
+    axis.set_title(f"{title}\n{quantity} of the images classified right{note}", fontsize=10, color=INK)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def plot_features(
+    features: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    title: str = "features",
+    seed: int = 0,
+) -> None:
+    """Draws the classifier's input for a number of images in two dimensions (PCA, then t-SNE), coloured by class.
+
+    Args:
+      features: (N, D), float, N at least 4.
+      labels: (N,), integers in [0, K).
+      class_names: K names.
+      path: PNG file to write.
+      title: first line of the title.
+      seed: seed of t-SNE.
+
+    Raises:
+      UserError: matplotlib is not installed, there are fewer than 4 images, or features that are not finite.
+    """
+    figure = _new_figure(width=9.2, height=7.8)
+    points, components = _embed(np.asarray(features, np.float64), seed=seed)
+    axis = figure.subplots()
+    labels = np.asarray(labels)
+    for label in np.unique(labels):
+        _draw_class(axis, points[labels == label], int(label), count=len(class_names))
+    if len(class_names) <= MOST_NAMED_CLASSES:
+        for label in np.unique(labels):
+            _label_class(axis, points[labels == label], class_names[label])
+        axis.legend(
+            *zip(*((_class_marker(int(label), len(class_names)), class_names[label]) for label in np.unique(labels))),
+            frameon=False,
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+            fontsize=9,
+        )
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[["top", "right", "left", "bottom"]].set_color("#cccccc")
+    axis.set_title(title, fontsize=10, color=INK)
+    axis.set_xlabel(
+        f"input of the classifier ({np.shape(features)[1]:,} numbers) for {len(labels):,} test images;\n"
+        f"{components} principal components, then t-SNE (seed {seed}): neighbours are alike, lengths carry no meaning",
+        fontsize=9,
+        color=GRAY,
+    )
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
 def _new_figure(*, width: float, height: float) -> Any:
     """An empty figure (inches) that belongs to no window system and no global state."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise UserError("plots need matplotlib, which is not installed: pip install 'bnn_jax[report]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
 
 def _colours(count: int) -> list[Any]:
@@ -185,3 +285,89 @@ def _style(axis: Any, *, x_label: str, y_label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
+
+
+def _draw_bank(figure: Any, axis: Any, bank: np.ndarray, *, quantity: str) -> None:
+    """The coloured table; numbers in its cells where there is room for them."""
+    import matplotlib
+
+    finite = np.abs(bank[np.isfinite(bank)])
+    limit = float(finite.max(initial=0.0)) or 1.0
+    colours = matplotlib.colormaps[DIVERGING].with_extremes(bad="#bbbbbb")
+    image = axis.imshow(bank, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axis, shrink=0.82, pad=0.02)
+    bar.set_label(quantity, fontsize=9, color=INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)
+    if len(bank) > MOST_NAMED_CLASSES:
+        return
+    for (row, column), value in np.ndenumerate(bank):
+        if np.isfinite(value):
+            ink = "white" if abs(value) > 0.62 * limit else INK
+            size = 8.5 if len(bank) <= 10 else 6.5
+            weight = "bold" if row == column else "normal"
+            # Adding 0 turns a rounded -0 into 0; the minus sign is that of the colour bar.
+            number = f"{round(value, 1) + 0.0:.1f}".replace("-", "\N{MINUS SIGN}")
+            axis.text(column, row, number, ha="center", va="center", color=ink, fontsize=size, weight=weight)
+
+
+def _name_classes(axis: Any, class_names: Sequence[str]) -> None:
+    """Names at rows and columns; of many classes only some numbers."""
+    if len(class_names) <= MOST_NAMED_CLASSES:
+        slanted = max(map(len, class_names)) > 2
+        rotation = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        axis.set_xticks(range(len(class_names)), class_names, fontsize=9, **rotation)
+        axis.set_yticks(range(len(class_names)), class_names, fontsize=9)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("output of the network", color=INK)
+    axis.set_ylabel("true class", color=INK)
+
+
+def _embed(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, int]:
+    """Points (N, 2) of features (N, D), and the number of principal components in between."""
+    if len(features) < LEAST_IMAGES or not np.isfinite(features).all():
+        found = "some are not finite" if len(features) >= LEAST_IMAGES else f"there are {len(features)}"
+        raise UserError(f"picture of the features: accepted are finite ones of {LEAST_IMAGES} images or more; {found}")
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    components = min(PRINCIPAL_COMPONENTS, *features.shape)
+    with np.errstate(invalid="ignore"):  # equal features have no variance to take shares of
+        reduced = PCA(components, random_state=seed).fit_transform(features)
+    # The usual 30 neighbours, fewer where there are few images; a start from the components needs them to differ.
+    start = "pca" if reduced[:, 0].std() > 0 and components >= 2 else "random"
+    neighbours = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=neighbours, init=start, random_state=seed).fit_transform(reduced), components
+
+
+def _draw_class(axis: Any, points: np.ndarray, label: int, *, count: int) -> None:
+    """The images of a class; colour and shape tell it."""
+    style = {"color": _class_colour(label, count), "marker": MARKERS[label % len(MARKERS)]}
+    axis.scatter(*points.T, **style, s=22 if len(points) < 100 else 11, linewidths=0, alpha=0.8)
+
+
+def _class_marker(label: int, count: int) -> Any:
+    """What stands for a class in the legend."""
+    from matplotlib.lines import Line2D
+
+    style = {"color": _class_colour(label, count), "marker": MARKERS[label % len(MARKERS)]}
+    return Line2D([], [], **style, linestyle="none", markersize=7, markeredgewidth=0)
+
+
+def _class_colour(label: int, count: int) -> Any:
+    if count <= len(CLASS_COLOURS):
+        return CLASS_COLOURS[label]
+    import matplotlib
+
+    return matplotlib.colormaps["turbo"](label / max(count - 1, 1))
+
+
+def _label_class(axis: Any, points: np.ndarray, name: str) -> None:
+    """The name of a class where its images stand closest together, so that it lies on a group and not between two."""
+    from matplotlib.patheffects import withStroke
+
+    distances = np.sort(np.linalg.norm(points[:, None] - points[None], axis=-1), axis=1)
+    closest = points[np.argmin(distances[:, : 1 + len(points) // 5].mean(axis=1))]
+    halo = [withStroke(linewidth=3, foreground="white", alpha=0.9)]
+    axis.annotate(name, closest, ha="center", va="center", fontsize=10, color=INK, weight="bold", path_effects=halo)

@@ -435,6 +435,24 @@ class CheckpointStore:
             raise ValueError(f"collections {sorted(unknown)}: accepted are {', '.join(VARIABLES)}")
         return self._restore(target, which)
 
+    def restore_items(self, target: dict[str, Any], *, which: Which = "last") -> tuple[dict[str, Any], dict[str, Any]]:
+        """Restores a part of the state, such as what the objectives collected.
+
+        Args:
+          target: any of the fields of ``TrainState``, concrete or abstract; the others are not read.
+          which: as in ``restore``.
+
+        Returns:
+          The fields of ``target`` and the ``meta`` of the checkpoint.
+
+        Raises:
+          CheckpointError: there is none, it is damaged, or it is of another network or training set-up.
+          ValueError: ``target`` has another key.
+        """
+        if unknown := target.keys() - set(ITEMS):
+            raise ValueError(f"items {sorted(unknown)}: accepted are {', '.join(ITEMS)}")
+        return self._restore(target, which)
+
     def _restore(self, target: dict[str, Any], which: Which) -> tuple[dict[str, Any], dict[str, Any]]:
         self.wait()
         for step in self._candidates(which):

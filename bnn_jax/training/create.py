@@ -27,7 +27,12 @@ def init_variables(network: Any, key: jax.Array, images: jax.Array) -> dict[str,
       key: random key.
       images: (N, H, W, C) normalised images; quantizers that start from data see these.
     """
-    return dict(jax.jit(network.init)({"params": key, "quant": key}, images, QuantContext(train=True)))
+
+    def init(images: jax.Array) -> dict[str, Any]:
+        variables = network.init({"params": key, "quant": key}, images, QuantContext(train=True))
+        return {name: variables[name] for name in COLLECTIONS if name in variables}
+
+    return jax.jit(init)(images)
 
 
 def variable_shapes(network: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -102,6 +107,7 @@ def create_state(
     num_classes: int,
     seed: int,
     devices: Devices,
+    log_gradient_norms: bool = False,
 ) -> TrainState:
     """The state before the first step, replicated on all devices.
 
@@ -112,8 +118,9 @@ def create_state(
       num_classes: K.
       seed: seed of the stage's random draws.
       devices: placement.
+      log_gradient_norms: whether the gradient norm of every objective is summed too.
     """
-    states = {objective.name: objective.init(num_classes) for objective in objectives}
+    states = objective_states(objectives, num_classes)
 
     def make(variables: dict[str, Any]) -> TrainState:
         return TrainState(
@@ -122,9 +129,15 @@ def create_state(
             batch_stats=variables.get("batch_stats", {}),
             quant_state=variables.get("quant_state", {}),
             opt_state=optimizer.init(variables["params"]),
-            objective_state={name: value for name, value in states.items() if jax.tree.leaves(value)},
-            metric_sums=zero_metric_sums(objectives),
+            objective_state=states,
+            metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms),
             rng=jax.random.key(seed),
         )
 
     return jax.jit(make, out_shardings=devices.replicated)(variables)
+
+
+def objective_states(objectives: Sequence[Objective], num_classes: int) -> dict[str, Any]:
+    """States at the start of a stage, by name, of the objectives that have one."""
+    states = {objective.name: objective.init(num_classes) for objective in objectives}
+    return {name: state for name, state in states.items() if jax.tree.leaves(state)}

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from bnn_jax.data.base import Split, sequential_plan
+from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.steps import PrepareEval, compile_eval_step
 
@@ -60,3 +61,37 @@ class Evaluator:
             "loss": totals["loss"] / count,
             "num_images": int(count),
         }
+
+
+def features_of(
+    network: Any,
+    variables: dict[str, Any],
+    images: np.ndarray,
+    *,
+    prepare: PrepareEval,
+    batch_size: int,
+    devices: Devices,
+) -> np.ndarray:
+    """What the classifier reads, for every image, in evaluation mode.
+
+    Args:
+      network: Linen module.
+      variables: params, batch_stats, quant_state.
+      images: uint8 (N, H, W, C).
+      prepare: uint8 images -> normalised float32 images.
+      batch_size: images per call.
+      devices: placement.
+
+    Returns:
+      float32 (N, D).
+    """
+
+    def forward(variables: dict[str, Any], images: jax.Array, indices: jax.Array, mask: jax.Array) -> jax.Array:
+        return network.apply(variables, prepare(images[indices]), QuantContext(mask=mask)).features
+
+    replicated, rows = devices.replicated, devices.rows
+    run = jax.jit(forward, in_shardings=(replicated, replicated, rows, rows), out_shardings=replicated)
+    indices, mask = devices.pad_rows(*sequential_plan(len(images), min(batch_size, len(images))))
+    variables, images = devices.replicate((variables, images))
+    batches = [np.asarray(run(variables, images, *batch)) for batch in zip(indices, mask, strict=True)]
+    return np.concatenate(batches)[mask.ravel()]

@@ -3,7 +3,7 @@
 ``read_pytorch`` takes the arrays out of the file, ``state_dict`` finds the network's among them, ``convert_names``
 gives them our names and layout, ``import_state`` compares the result with a network, leaf by leaf, and
 ``import_pytorch`` does all of it. The golden tests use the steps, and single names in both directions.
-Methods whose networks have other names add lines to ``MODULE_NAMES`` and ``LEAF_NAMES``.
+Methods whose networks have other names add lines to ``MODULE_NAMES``, ``MODULE_ALIASES`` and ``LEAF_NAMES``.
 """
 
 import contextlib
@@ -35,6 +35,14 @@ MODULE_NAMES: tuple[tuple[str, str], ...] = (
     ("layer{}.{}", "layer{}_{}"),
     ("downsample.0", "downsample_conv"),
     ("downsample.1", "downsample_bn"),
+)
+
+# Further names of PyTorch for the same modules, only read: names written are those above.
+MODULE_ALIASES: tuple[tuple[str, str], ...] = (
+    # The CIFAR networks of SKD-BNN.
+    ("linear", "fc"),
+    ("shortcut.0", "downsample_conv"),
+    ("shortcut.1", "downsample_bn"),
 )
 
 
@@ -269,7 +277,7 @@ def to_path(name: str, *, ndim: int) -> str | None:
     """Our path for a name of PyTorch's; None for arrays we do not keep.
 
     'layer2.0.downsample.0.weight' -> 'params/layer2_0/downsample_conv/kernel'. Unknown last parts stay as they are, in
-    'params', so that a strict comparison names them. ``to_pytorch_name`` is the inverse.
+    'params', so that a strict comparison names them. ``to_pytorch_name`` is the inverse but for ``MODULE_ALIASES``.
 
     Args:
       name: PyTorch's name without 'module.'.
@@ -278,7 +286,7 @@ def to_path(name: str, *, ndim: int) -> str | None:
     module, _, leaf = name.rpartition(".")
     if leaf in IGNORED_LEAVES:
         return None
-    for pytorch, ours in MODULE_NAMES:
+    for pytorch, ours in MODULE_NAMES + MODULE_ALIASES:
         module = _rename(module, pytorch, ours)
     parts = module.split(".") if module else []
     for rule in LEAF_NAMES:

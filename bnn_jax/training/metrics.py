@@ -61,5 +61,5 @@ def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:
     """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term."""
     totals = {name: float(value) for name, value in jax.device_get(sums).items()}
     count = max(totals["count"], 1.0)
-    terms = {name: value / count for name, value in totals.items() if name.startswith("loss/")}
+    terms = {name: value / count for name, value in totals.items() if "/" in name}
     return {"train_loss": totals["loss"] / count, "train_top1": 100.0 * totals["correct"] / count, **terms}

@@ -4,6 +4,7 @@ PyTorch adds the L2 term to the gradient before momentum or Adam ("coupled"); op
 here do: ``gradient -> clip -> + weight_decay * parameter -> momentum or Adam -> * (-learning_rate)``.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,15 @@ def _group_chain(optimizer: Spec, group: ParameterGroup, schedule: Schedule) -> 
         optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity(),
         _core(optimizer),
         optax.scale_by_schedule(lambda step: -group.learning_rate_scale * schedule(jnp.asarray(step))),
+        optax.stateless_with_tree_map(functools.partial(_keep_within, group.bounds))
+        if group.bounds
+        else optax.identity(),
     )
+
+
+def _keep_within(bounds: tuple[float, float], update: Any, parameter: Any) -> jax.Array:
+    """The update after which the parameter lies within the bounds."""
+    return jnp.clip(parameter + update, *bounds) - parameter
 
 
 def group_labels(params: Any, groups: Sequence[ParameterGroup]) -> Any:

@@ -1,5 +1,6 @@
 """Schedules: scalars that follow the training step, as functions usable inside jit."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -62,7 +63,58 @@ def cosine(
     return schedule
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": constant, "piecewise": piecewise, "cosine": cosine}
+def cosine_by_epoch(
+    *, initial: float, final: float = 0.0, warmup_epochs: int = 0, steps_per_epoch: int, epochs: int
+) -> Schedule:
+    """Constant within an epoch: ``initial * (e+1)/(W+1)`` for e <= W, then half a cosine to ``final`` at epoch E.
+
+    Args:
+      initial: value at the end of the warm-up.
+      final: value the cosine approaches.
+      warmup_epochs: W.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: E.
+    """
+    values = cosine_by_epoch_values(initial=initial, final=final, warmup_epochs=warmup_epochs, epochs=epochs)
+    return _by_epoch(values, steps_per_epoch)
+
+
+def cosine_by_epoch_values(*, initial: float, final: float = 0.0, warmup_epochs: int = 0, epochs: int) -> list[float]:
+    """The value of every epoch, in double precision; see ``cosine_by_epoch``."""
+    falling = [
+        final + (initial - final) * 0.5 * (1 + math.cos(math.pi * (e - warmup_epochs) / max(epochs - warmup_epochs, 1)))
+        for e in range(epochs)
+    ]
+    rising = [initial * (e + 1) / (warmup_epochs + 1) for e in range(min(warmup_epochs + 1, epochs))]
+    return rising + falling[len(rising) :]
+
+
+def error_decay_t(*, steps_per_epoch: int, epochs: int) -> Schedule:
+    """Inverse width of the error decay estimator, ``t = 10**(-3 + 4 e / E)`` in epoch e of E.
+
+    Reference: IR-Net, Qin et al. 2020 (arXiv 1909.10788), equation 15; release: 1e-3 to 10.
+    """
+    return _by_epoch([10.0 ** (-3 + 4 * e / epochs) for e in range(epochs)], steps_per_epoch)
+
+
+def error_decay_k(*, steps_per_epoch: int, epochs: int) -> Schedule:
+    """Height of the error decay estimator over t: ``1/t`` while t < 1, then 1."""
+    return _by_epoch([max(10.0 ** (3 - 4 * e / epochs), 1.0) for e in range(epochs)], steps_per_epoch)
+
+
+def _by_epoch(values: list[float], steps_per_epoch: int) -> Schedule:
+    table = jnp.asarray(values, jnp.float32)
+    return lambda step: table[jnp.minimum(step // steps_per_epoch, table.size - 1)]
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "piecewise": piecewise,
+    "cosine": cosine,
+    "cosine_by_epoch": cosine_by_epoch,
+    "error_decay_t": error_decay_t,
+    "error_decay_k": error_decay_k,
+}
 
 
 def build(spec: Spec, *, steps_per_epoch: int, epochs: int) -> Schedule:

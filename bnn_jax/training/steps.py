@@ -20,7 +20,7 @@ from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
 
 # Streams of random numbers inside a step, each folded into the step's key.
-AUGMENTATION, QUANTIZER = 0, 1
+AUGMENTATION, QUANTIZER, REAL_STREAM = 0, 1, 2
 
 PrepareTrain = Callable[[jax.Array, jax.Array], jax.Array]
 PrepareEval = Callable[[jax.Array], jax.Array]
@@ -52,6 +52,7 @@ class StepParts:
       prepare: (uint8 images, key) -> float32 images; augmentation and normalisation.
       knobs: schedules by name.
       teacher: the teacher's Linen module, or None.
+      log_gradient_norms: whether the gradient norm of every weighted objective is measured (a pullback for each).
     """
 
     network: Any
@@ -60,6 +61,7 @@ class StepParts:
     prepare: PrepareTrain
     knobs: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
     teacher: Any = None
+    log_gradient_norms: bool = False
 
 
 def needs_teacher(objectives: Sequence[Objective]) -> bool:
@@ -67,9 +69,15 @@ def needs_teacher(objectives: Sequence[Objective]) -> bool:
     return any("teacher_logits" in objective.needs for objective in objectives)
 
 
-def zero_metric_sums(objectives: Sequence[Objective]) -> dict[str, jax.Array]:
+def needs_real_features(objectives: Sequence[Objective]) -> bool:
+    """Whether any objective compares the network with its real stream."""
+    return any("real_features" in objective.needs for objective in objectives)
+
+
+def zero_metric_sums(objectives: Sequence[Objective], *, with_norms: bool = False) -> dict[str, jax.Array]:
     """The epoch's sums at its start; ``non_finite_step`` is -1 until a loss is NaN or infinite."""
-    names = ["count", "correct", "loss", *(f"loss/{objective.name}" for objective in objectives)]
+    kinds = ("loss", "gradient_norm") if with_norms else ("loss",)
+    names = ["count", "correct", "loss", *(f"{kind}/{term.name}" for term in objectives for kind in kinds)]
     sums = {name: jnp.zeros((), jnp.float32) for name in names}
     return {**sums, "non_finite_step": jnp.full((), -1, jnp.int32)}
 
@@ -98,22 +106,16 @@ def train_step(
     if needs_teacher(parts.objectives):
         teacher_logits = parts.teacher.apply(constants.teacher, images, ctx.replace(train=False)).logits
 
-    def loss_function(params: Any):
-        output, updates = parts.network.apply(
-            {**state.variables, "params": params},
-            images,
-            ctx,
-            mutable=["batch_stats", "quant_state"],
-            rngs={"quant": jax.random.fold_in(key, QUANTIZER)},
-        )
-        outputs = Outputs(logits=output.logits, features=output.features, teacher_logits=teacher_logits)
+    def terms_function(params: Any):
+        variables = {**state.variables, "params": params}
+        outputs, updates = forward(parts, variables, images, ctx, key=key)
+        outputs = outputs.replace(teacher_logits=teacher_logits)
         terms = {o.name: o(outputs, batch, state.objective_state.get(o.name, {}), ctx) for o in parts.objectives}
-        loss = sum(o.weight * terms[o.name] for o in parts.objectives)
-        return loss, (outputs, updates, terms)
+        return terms, (outputs, updates)
 
-    (loss, (outputs, updates, terms)), grads = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+    terms, grads, norms, (outputs, updates) = gradients(parts, terms_function, state.params)
     changes, opt_state = parts.optimizer.update(grads, state.opt_state, state.params, ctx=ctx)
-    metrics = _step_metrics(loss, terms, outputs, batch)
+    metrics = {**_step_metrics(parts.objectives, terms, outputs, batch), **norms}
     new_state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, changes),
@@ -126,6 +128,66 @@ def train_step(
     return new_state, metrics
 
 
+def forward(
+    parts: StepParts, variables: dict[str, Any], images: jax.Array, ctx: QuantContext, *, key: jax.Array
+) -> tuple[Outputs, dict[str, Any]]:
+    """The network's pass in training mode, and its real stream where an objective compares with it.
+
+    Args:
+      parts: static parts.
+      variables: params, batch_stats, quant_state.
+      images: (N, H, W, C), float32.
+      ctx: context of the step.
+      key: random key of the step.
+
+    Returns:
+      The outputs (without a teacher's), and the collections the pass changed.
+    """
+    with_real_stream = needs_real_features(parts.objectives)
+    output, updates = parts.network.apply(
+        variables,
+        images,
+        ctx,
+        mutable=["batch_stats", "quant_state", *(["taps", "block_features"] if with_real_stream else [])],
+        rngs={"quant": jax.random.fold_in(key, QUANTIZER)},
+    )
+    outputs = Outputs(logits=output.logits, features=output.features)
+    if with_real_stream:
+        # The second pass reads the outputs of the first, changes nothing and carries no gradient.
+        _, real = parts.network.apply(
+            # Without any quantized layer there is nothing to read: the two streams are then the same.
+            jax.lax.stop_gradient({**variables, "taps": updates.get("taps", {})}),
+            images,
+            ctx.replace(stream="real"),
+            mutable=["block_features"],
+            rngs={"quant": jax.random.fold_in(key, REAL_STREAM)},
+        )
+        features = (jax.tree.leaves(collection.get("block_features", {})) for collection in (updates, real))
+        outputs = outputs.replace(block_features=tuple(next(features)), real_features=tuple(next(features)))
+    return outputs, {name: updates[name] for name in ("batch_stats", "quant_state") if name in updates}
+
+
+def gradients(parts: StepParts, terms_function: Callable, params: Any):
+    """Terms, gradient of their weighted sum and, if asked for, the gradient norm of every weighted term.
+
+    Args:
+      parts: static parts.
+      terms_function: params -> (terms by name, other results).
+      params: parameters.
+
+    Returns:
+      Terms, gradient, norms by name ('gradient_norm/NAME'; {} unless ``parts.log_gradient_norms``), other results.
+    """
+    terms, pullback, other = jax.vjp(terms_function, params, has_aux=True)
+    weights = {objective.name: jnp.full_like(terms[objective.name], objective.weight) for objective in parts.objectives}
+    if not parts.log_gradient_norms:
+        return terms, pullback(weights)[0], {}, other
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    each = {name: pullback({**zeros, name: weight})[0] for name, weight in weights.items()}
+    norms = {f"gradient_norm/{name}": optax.tree.norm(grads) for name, grads in each.items()}
+    return terms, jax.tree.map(lambda *grads: sum(grads), *each.values()), norms, other
+
+
 def _objective_states(objectives: Sequence[Objective], state: TrainState, outputs: Outputs, batch: Batch) -> Any:
     return {
         objective.name: objective.after_step(outputs, batch, state.objective_state[objective.name])
@@ -134,10 +196,12 @@ def _objective_states(objectives: Sequence[Objective], state: TrainState, output
     }
 
 
-def _step_metrics(loss: jax.Array, terms: dict, outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+def _step_metrics(
+    objectives: Sequence[Objective], terms: dict[str, jax.Array], outputs: Outputs, batch: Batch
+) -> dict[str, jax.Array]:
     right = (jnp.argmax(outputs.logits, axis=-1) == batch.labels) & batch.mask
     return {
-        "loss": loss,
+        "loss": sum((o.weight * terms[o.name] for o in objectives), start=jnp.zeros(())),
         **{f"loss/{name}": value for name, value in terms.items()},
         "count": jnp.sum(batch.mask.astype(jnp.float32)),
         "correct": jnp.sum(right.astype(jnp.float32)),
@@ -188,7 +252,9 @@ def compile_end_of_epoch(objectives: Sequence[Objective], devices: Devices) -> C
             for objective in objectives
             if objective.name in state.objective_state
         }
-        return state.replace(objective_state=states, metric_sums=zero_metric_sums(objectives))
+        sums = jax.tree.map(jnp.zeros_like, state.metric_sums)
+        sums["non_finite_step"] = jnp.full((), -1, jnp.int32)
+        return state.replace(objective_state=states, metric_sums=sums)
 
     return jax.jit(end_of_epoch, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)
 

@@ -33,6 +33,45 @@ def test_crop_and_flip_equals_padding_cropping_and_flipping(pad):
     np.testing.assert_array_equal(result, np.stack(expected))
 
 
+@pytest.mark.parametrize("pad", [1, 3])
+def test_with_repeated_edges_the_padding_is_the_border(pad):
+    grid = np.arange(2 * pad + 1)
+    offsets = np.array([(row, column) for row in grid for column in grid for _ in range(2)])
+    flips = np.arange(len(offsets)) % 2 == 1
+    images = _images(len(offsets))
+    crop = jax.jit(functools.partial(crop_and_flip, pad=pad, repeat_edge=True))
+    expected = []
+    for image, (row, column), flip in zip(images, offsets, flips):
+        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+        cropped = padded[row : row + 6, column : column + 7]
+        expected.append(cropped[:, ::-1] if flip else cropped)
+    np.testing.assert_array_equal(crop(images, jnp.asarray(offsets), jnp.asarray(flips)), np.stack(expected))
+
+
+def test_flipping_before_or_after_a_crop_with_repeated_edges_gives_the_same_images():
+    # The release flips first. With the border repeated, that is a crop at the mirrored column, flipped afterwards.
+    images, pad = _images(25), 2
+    offsets = np.array([(row, column) for row in range(5) for column in range(5)])
+    mirrored = np.stack([offsets[:, 0], 2 * pad - offsets[:, 1]], axis=1)
+    flips = np.ones(25, bool)
+    after = crop_and_flip(images, jnp.asarray(mirrored), jnp.asarray(flips), pad=pad, repeat_edge=True)
+    before = crop_and_flip(images[:, :, ::-1], jnp.asarray(offsets), jnp.asarray(~flips), pad=pad, repeat_edge=True)
+    np.testing.assert_array_equal(after, before)
+
+
+def test_edge_crop_flip_draws_as_pad_crop_flip_does_and_repeats_the_border():
+    images = np.full((64, 6, 6, 1), 255, np.uint8)
+    prepare = functools.partial(prepare_train, images, jax.random.key(0), mean=(0.0,), std=(1.0,), pad=2)
+    # All-white images stay white with a repeated border, and get black stripes with zeros.
+    np.testing.assert_array_equal(prepare(augment="edge_crop_flip"), 1.0)
+    assert (prepare(augment="pad_crop_flip") == 0).any()
+    images = _images(64)
+    prepare = functools.partial(prepare_train, images, jax.random.key(0), mean=(0.0,) * 3, std=(1.0,) * 3, pad=2)
+    edge, zeros = (np.asarray(prepare(augment=name)) for name in ("edge_crop_flip", "pad_crop_flip"))
+    inside = zeros != 0
+    np.testing.assert_array_equal(edge[inside], zeros[inside])
+
+
 def test_offsets_cover_the_whole_range_evenly():
     offsets, flips = draw_crops(jax.random.key(0), 9000, pad=4, flip=True)
     for axis in range(2):
@@ -86,7 +125,7 @@ def test_none_only_normalises():
 
 
 def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="augment 'mixup': accepted are pad_crop_flip, pad_crop, none"):
+    with pytest.raises(ValueError, match="augment 'mixup': accepted are pad_crop_flip, pad_crop, edge_crop_flip, none"):
         prepare_train(_images(1), jax.random.key(0), mean=MEAN, std=STD, augment="mixup", pad=1)
 
 

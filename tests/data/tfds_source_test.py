@@ -215,3 +215,53 @@ def test_the_real_sets_are_there_in_their_fixed_order(name, num_train, num_eval,
         with pytest.raises(DataError, match=f"has {available} images"):
             tfds_source.load(name, LoadRequest(data_dir=str(SHARED), **counts))
     assert "tensorflow" not in sys.modules
+
+
+# ---- names of the classes
+
+
+def _label_file(folder, lines, version="3.0.2"):
+    path = folder / "cifar10" / version / "label.labels.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_class_names_are_those_stored_beside_the_images(tmp_path):
+    names = tuple("abcdefghij")
+    _label_file(tmp_path, names)
+    assert data.class_names(DataSpec("cifar10"), data_dir=str(tmp_path)) == names
+
+
+def test_class_names_of_our_own_preparation_are_the_official_ones(tmp_path):
+    _prepare(tmp_path, "cifar10")
+    names = data.class_names(DataSpec("cifar10"), data_dir=str(tmp_path))
+    assert names[:3] == ("airplane", "automobile", "bird") and len(names) == 10
+
+
+def test_the_names_of_the_newest_version_are_taken(tmp_path):
+    _label_file(tmp_path, "abcdefghij", version="3.0.0")
+    _label_file(tmp_path, "klmnopqrst", version="3.0.2")
+    assert data.class_names(DataSpec("cifar10"), data_dir=str(tmp_path))[0] == "k"
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [
+        (DataSpec("cifar10"), 10),
+        (DataSpec("mnist"), 10),
+        (DataSpec("digits"), 10),
+        (DataSpec("synthetic", options=(("num_classes", 3),)), 3),
+    ],
+)
+def test_without_a_list_classes_are_numbers(tmp_path, spec, count):
+    assert data.class_names(spec, data_dir=str(tmp_path)) == tuple(map(str, range(count)))
+
+
+def test_an_incomplete_list_is_not_used(tmp_path):
+    _label_file(tmp_path, "abc")
+    assert data.class_names(DataSpec("cifar10"), data_dir=str(tmp_path)) == tuple("0123456789")
+
+
+def test_images_may_stay_as_they_are(prepared_once):
+    source = data.build(DataSpec("mnist", augment="none", normalize=False), data_dir=str(prepared_once))
+    assert (source.mean, source.std) == ((0.0,), (1.0,))

@@ -170,3 +170,20 @@ def test_default_kernels_are_uniform_within_one_over_the_root_of_fan_in() -> Non
     assert np.abs(kernel).max() <= bound
     # 36,864 draws: the standard deviation of a uniform law is bound / sqrt(3), its estimate within 2 %.
     assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+
+
+def test_initial_variables_are_those_that_are_trained_and_not_what_a_pass_hands_out() -> None:
+    x, conv = random((1, 4, 4, 2)), make(spec("irnet"), spec("irnet"), features=3)
+    variables = conv.init(jax.random.key(0), x, CTX)
+    assert variables.keys() == {"params"}
+    y, updates = conv.apply(variables, x, CTX, mutable=["taps"])
+    np.testing.assert_array_equal(updates["taps"]["output"], y)
+
+
+def test_float64_operands_are_multiplied_in_float64() -> None:
+    conv = make(features=3)
+    with jax.enable_x64(True):
+        x, kernel = (np.random.RandomState(seed).normal(size=s) for seed, s in enumerate([(1, 4, 4, 2), (3, 3, 2, 3)]))
+        y = conv.apply({"params": {"kernel": jnp.asarray(kernel)}}, jnp.asarray(x), CTX)
+        # 18 products of size 1: float32 would be wrong by 1e-6.
+        np.testing.assert_allclose(y, explicit_convolution(x, kernel, (1, 1), ((1, 1), (1, 1))), rtol=0, atol=1e-13)

@@ -18,11 +18,12 @@ from bnn_jax.networks import NETWORKS
 from bnn_jax.networks.base import he_fan_out_normal, xavier_normal
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, Spec, spec
+from bnn_jax.training import create
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Facts about a network (ASBQ specification, sections 2.6 and 7).
+    """Facts about a network (ASBQ specification, sections 2.6 and 7; SKD-BNN specification, section 5).
 
     Attributes:
       parameters: trainable numbers at ``num_classes`` classes.
@@ -31,6 +32,7 @@ class Expected:
       features: length of the classifier's input.
       quantized: quantized convolutions, and numbers in their kernels.
       norms: BatchNorm layers.
+      channels: of the images.
     """
 
     parameters: int
@@ -39,6 +41,7 @@ class Expected:
     features: int
     quantized: tuple[int, int]
     norms: int
+    channels: int = 3
 
 
 def cifar_resnet(parameters: int, blocks: int) -> Expected:
@@ -61,6 +64,12 @@ EXPECTED = {
     "resnet18": Expected(11_688_616, 1000, 224, 512, (16, 10_985_472), 20),
     "resnet34": Expected(21_796_776, 1000, 224, 512, (32, 21_086_208), 36),
     "vgg_small": Expected(4_660_106, 10, 32, 8192, (6, 4_574_592), 6),
+    "hardtanh_resnet20": Expected(269_850, 10, 32, 64, (18, 267_264), 20),
+    "hardtanh_resnet18_cifar": Expected(11_174_986, 10, 32, 512, (16, 10_985_472), 21),
+    "hardtanh_resnet18": Expected(11_690_536, 1000, 224, 512, (16, 10_985_472), 21),
+    "hardtanh_vgg_small": Expected(4_660_106, 10, 32, 8192, (5, 4_571_136), 6),
+    # Kernels and biases of 784 to 2,048 to 2,048 to 2,048 to 10, and three norms; no convolution.
+    "hardtanh_mlp": Expected(10_033_162, 10, 28, 2048, (0, 0), 3, channels=1),
 }
 
 PRUNED = spec("pruned")
@@ -72,9 +81,13 @@ def shapes_of(name: str):
     """Output and variables of a network, as shapes; quantized convolutions are those with a mask."""
     expected = EXPECTED[name]
     quant = QuantSpec(weight=PRUNED, first=PRUNED if name == "vgg_small" else QuantSpec().first)
+    if name == "hardtanh_mlp":
+        # Pruning knows kernels of convolutions only.
+        quant = QuantSpec()
     network = networks.build(spec(name), quant, num_classes=expected.num_classes)
-    images = jax.ShapeDtypeStruct((2, expected.image_size, expected.image_size, 3), jnp.float32)
-    return jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x, QuantContext(train=True)), images)
+    images = jax.ShapeDtypeStruct((2, expected.image_size, expected.image_size, expected.channels), jnp.float32)
+    keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
+    return jax.eval_shape(lambda x: network.init_with_output(keys, x, QuantContext(train=True)), images)
 
 
 def test_every_table_entry_has_its_facts() -> None:
@@ -99,7 +112,7 @@ def test_shapes_of_the_output(name: str) -> None:
 @each_network
 def test_quantized_convolutions_and_their_weights(name: str) -> None:
     _, variables = shapes_of(name)
-    masks = jax.tree.leaves(variables["quant_state"])
+    masks = jax.tree.leaves(variables.get("quant_state", {}))
     assert (len(masks), sum(mask.size for mask in masks)) == EXPECTED[name].quantized
 
 
@@ -111,7 +124,10 @@ def test_number_of_norms(name: str) -> None:
 
 @each_network
 def test_collections_are_parameters_statistics_and_quantizer_state_only(name: str) -> None:
-    assert set(shapes_of(name)[1]) == {"params", "batch_stats", "quant_state"}
+    # What the real stream reads is collected within a step and never stored.
+    assert set(shapes_of(name)[1]) == {"params", "batch_stats"} | (
+        {"quant_state"} if EXPECTED[name].quantized[0] else set()
+    )
 
 
 # Small enough to run: two stages, so that every kind of block and shortcut occurs.
@@ -120,6 +136,12 @@ SMALL = {
     "checkpoint": spec("resnet8", stage_sizes=(2, 1), widths=(4, 6), block="checkpoint"),
     "imagenet": spec("resnet18", stage_sizes=(2, 1), widths=(4, 6)),
     "vgg_small": spec("vgg_small", widths=(4, 4, 6, 6, 8, 8)),
+    "double_skip_padded": spec("hardtanh_resnet20", stage_sizes=(2, 1), widths=(4, 8)),
+    "double_skip": spec("hardtanh_resnet18", stage_sizes=(2, 1), widths=(4, 8)),
+    "single_skip": spec("hardtanh_resnet18_cifar", stage_sizes=(2, 1), widths=(4, 8)),
+    "hardtanh_vgg_small": spec("hardtanh_vgg_small", widths=(4, 4, 6, 6, 8, 8)),
+    # Without dropout: its draws depend on the shape of the batch.
+    "hardtanh_mlp": spec("hardtanh_mlp", hidden=12, dropout=0.0),
 }
 each_small = pytest.mark.parametrize("kind", SMALL)
 REAL = QuantSpec()
@@ -135,7 +157,7 @@ def small_network(kind: str, quant: QuantSpec):
     """A small network and random variables; drawing them with numpy needs no compilation."""
     network = networks.build(SMALL[kind], quant, num_classes=3)
     random = np.random.RandomState(1)
-    shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, QuantContext(train=True)), images_of(1))
+    shapes = create.variable_shapes(network, (8, 8, 3))
 
     def draw(path, leaf) -> np.ndarray:
         value = random.normal(0, 0.3, leaf.shape).astype(np.float32)
@@ -162,6 +184,17 @@ def test_unused_parameters_are_exactly_those_without_a_gradient(kind: str) -> No
     unused = {path for path in flat if any(re.search(pattern, path) for pattern in network.unused_parameters)}
     assert without == unused
     assert bool(unused) == (kind == "checkpoint")
+
+
+@each_small
+def test_every_network_hands_out_features_to_compare(kind: str) -> None:
+    network, variables = small_network(kind, REAL)
+    collect = ["batch_stats", "block_features"]
+    ctx = QuantContext(train=True)
+    _, kept = jax.eval_shape(lambda x: network.apply(variables, x, ctx, mutable=collect), images_of(2))
+    features = jax.tree.leaves(kept["block_features"])
+    assert features
+    assert {(feature.shape[0], feature.dtype.name) for feature in features} == {(2, "float32")}
 
 
 @each_small
@@ -211,6 +244,8 @@ def test_training_changes_every_running_statistic(kind: str) -> None:
     [
         (spec("resnet9"), "network 'resnet9': accepted are resnet8"),
         (spec("resnet8", block="nosuch"), "block 'nosuch': accepted are release"),
+        (spec("resnet8", depth=3), "network 'resnet8' has no option 'depth'"),
+        (spec("hardtanh_mlp", block="release"), "network 'hardtanh_mlp' has no option 'block'"),
         (spec("resnet8", kernel_init="nosuch"), "kernel_init 'nosuch': accepted are uniform, he_normal"),
     ],
 )

@@ -19,6 +19,14 @@ EXAMPLES: dict[str, list[Spec]] = {
         spec("distillation", temperature=5.0, reduction="mean"),
         spec("distillation", temperature=0.5, reduction="batchmean"),
     ],
+    "squared_hinge": [spec("squared_hinge")],
+    "feature_swap": [spec("feature_swap"), spec("feature_swap", compare="elementwise")],
+    "label_bank": [
+        spec("label_bank"),
+        spec("label_bank", temperature=1.0, log_softmax=True),
+        spec("label_bank", reset_each_epoch=True),
+    ],
+    "cluster": [spec("cluster"), spec("cluster", on="logits")],
 }
 CASES = [example for examples in EXAMPLES.values() for example in examples]
 NEED_TEACHER = [example for example in CASES if "teacher_logits" in OBJECTIVES[example.name].needs]
@@ -40,10 +48,16 @@ def inputs(rows: int = ROWS, seed: int = 0, spread: float = 3.0) -> tuple[Output
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(0, spread, shape), jnp.float32)
 
-    outputs = Outputs(
-        logits=normal(rows, CLASSES), features=normal(rows, FEATURES), teacher_logits=normal(rows, CLASSES)
-    )
     labels = jnp.asarray(rng.randint(0, CLASSES, rows), jnp.int32)
+    maps = [normal(rows, *shape) for shape in ((4, 4, 3), (4, 4, 3), (2, 2, 6), (2, 2, 6))]
+    outputs = Outputs(
+        # Every second row is classified right, so that states that collect right ones are not empty.
+        logits=normal(rows, CLASSES) + 4 * spread * jax.nn.one_hot(labels, CLASSES) * (jnp.arange(rows) % 2)[:, None],
+        features=normal(rows, FEATURES),
+        teacher_logits=normal(rows, CLASSES),
+        block_features=(maps[0], maps[2]),
+        real_features=(maps[1], maps[3]),
+    )
     return outputs, Batch(images=normal(rows, 4, 4, 3), labels=labels, mask=jnp.ones(rows, bool))
 
 
@@ -55,8 +69,13 @@ def last_rows_masked(outputs: Outputs, batch: Batch, valid: int) -> tuple[Output
     return outputs, batch.replace(mask=jnp.arange(ROWS) < valid)
 
 
+def state_of(objective: Objective) -> Any:
+    """State in the second epoch: in the first, some terms are 0."""
+    return objective.after_epoch(objective.after_step(*inputs(), objective.init(CLASSES)))
+
+
 def value_and_gradients(objective: Objective, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Outputs]:
-    state = objective.init(CLASSES)
+    state = state_of(objective)
     return jax.value_and_grad(lambda o: objective(o, batch, state, QuantContext(train=True)))(outputs)
 
 
@@ -80,7 +99,7 @@ def test_the_term_is_a_finite_float32_scalar_with_finite_gradients(choice):
     assert value.shape == () and value.dtype == jnp.float32 and jnp.isfinite(value)
     for leaf in jax.tree.leaves(gradients):
         assert jnp.isfinite(leaf).all()
-    assert jnp.abs(gradients.logits).max() > 0
+    assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradients)) > 0
 
 
 @each_objective
@@ -88,7 +107,8 @@ def test_the_term_stays_finite_at_large_logits(choice):
     # exp(1000) overflows: only the log-sum-exp form survives.
     value, gradients = value_and_gradients(build(choice), *inputs(spread=1000.0))
     assert jnp.isfinite(value)
-    assert jnp.isfinite(gradients.logits).all()
+    for leaf in jax.tree.leaves(gradients):
+        assert jnp.isfinite(leaf).all()
 
 
 @each_objective
@@ -98,9 +118,9 @@ def test_a_masked_batch_equals_the_unpadded_one(choice, valid):
     value, gradients = value_and_gradients(objective, *last_rows_masked(outputs, batch, valid))
     expected, expected_gradients = value_and_gradients(objective, *first_rows(outputs, batch, valid))
     np.testing.assert_allclose(value, expected, **TOLERANCE)
-    np.testing.assert_allclose(gradients.logits[:valid], expected_gradients.logits, **TOLERANCE)
-    np.testing.assert_array_equal(gradients.logits[valid:], 0)
-    np.testing.assert_array_equal(gradients.features[valid:], 0)
+    for leaf, expected_leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(leaf[:valid], expected_leaf, **TOLERANCE)
+        np.testing.assert_array_equal(leaf[valid:], 0)
 
 
 @each_objective
@@ -128,7 +148,7 @@ def test_the_state_keeps_its_structure(choice):
 @each_objective
 def test_the_term_is_the_same_inside_jit(choice):
     objective, (outputs, batch) = build(choice), inputs()
-    state, ctx = objective.init(CLASSES), QuantContext(train=True)
+    state, ctx = state_of(objective), QuantContext(train=True)
     np.testing.assert_allclose(
         jax.jit(objective)(outputs, batch, state, ctx), objective(outputs, batch, state, ctx), **TOLERANCE
     )
@@ -141,8 +161,9 @@ def test_the_weight_is_kept_for_the_step_and_not_applied_twice(choice):
     assert weighted.weight == 0.25
     plain = build(choice)
     assert dataclasses.replace(weighted, weight=plain.weight) == plain
+    state = state_of(plain)
     np.testing.assert_array_equal(
-        weighted(outputs, batch, {}, QuantContext()), plain(outputs, batch, {}, QuantContext())
+        weighted(outputs, batch, state, QuantContext()), plain(outputs, batch, state, QuantContext())
     )
 
 
@@ -158,3 +179,18 @@ def test_a_term_that_asks_for_no_teacher_works_without_one(choice):
     objective = build(choice)
     alone = objective(outputs.replace(teacher_logits=None), batch, objective.init(CLASSES), QuantContext(train=True))
     assert jnp.isfinite(alone)
+
+
+@pytest.mark.parametrize("choice", [c for c in CASES if "real_features" not in OBJECTIVES[c.name].needs], ids=spec_id)
+def test_a_term_that_asks_for_no_real_stream_works_without_one(choice):
+    outputs, batch = inputs()
+    objective = build(choice)
+    outputs = outputs.replace(block_features=(), real_features=())
+    assert jnp.isfinite(objective(outputs, batch, state_of(objective), QuantContext(train=True)))
+
+
+@each_objective
+def test_the_real_stream_gets_no_gradient(choice):
+    _, gradients = value_and_gradients(build(choice), *inputs())
+    for leaf in gradients.real_features:
+        np.testing.assert_array_equal(leaf, 0)

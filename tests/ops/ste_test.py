@@ -10,6 +10,7 @@ ROUNDING = {
     ste.round_half_even: [(0.5, 0.0), (1.5, 2.0), (2.5, 2.0), (-0.5, 0.0), (-1.5, -2.0), (0.49, 0.0), (0.51, 1.0)],
     ste.round_half_away: [(0.5, 1.0), (1.5, 2.0), (2.5, 3.0), (-0.5, -1.0), (-2.5, -3.0), (0.0, 0.0), (0.49, 0.0)],
     ste.sign_positive_zero: [(0.0, 1.0), (-0.0, 1.0), (1e-30, 1.0), (-1e-30, -1.0), (7.0, 1.0), (-7.0, -1.0)],
+    ste.sign: [(0.0, 0.0), (-0.0, 0.0), (1e-30, 1.0), (-1e-30, -1.0), (7.0, 1.0), (-7.0, -1.0)],
 }
 
 
@@ -49,7 +50,50 @@ def test_clips_and_blocks_the_gradient_outside_the_open_interval(function, top: 
     np.testing.assert_array_equal(pullback(jnp.full(7, 3.0))[0], [0, 0, 3, 3, 3, 0, 0])
 
 
-@pytest.mark.parametrize("function", [*ROUNDING, ste.clip_unit, ste.relu6], ids=lambda function: function.__name__)
+def test_hard_tanh_blocks_the_gradient_at_and_beyond_its_bounds() -> None:
+    x = jnp.array([-2.0, -1.0, -1 + 1e-6, 0.0, 1 - 1e-6, 1.0, 2.0])
+    y, pullback = jax.vjp(ste.hard_tanh, x)
+    np.testing.assert_array_equal(y, np.clip(x, -1.0, 1.0))
+    np.testing.assert_array_equal(pullback(jnp.full(7, 3.0))[0], [0, 0, 3, 3, 3, 0, 0])
+
+
+@pytest.mark.parametrize(("k", "t"), [(1000.0, 1e-3), (10.0, 0.1), (1.0, 1.0), (1.0, 9.87)])
+def test_error_decay_gradient_follows_the_formula(k: float, t: float) -> None:
+    x = np.array([-3.0, -1.0, -0.1, 0.0, 1e-4, 0.5, 2.0], np.float32)
+    cotangent = np.arange(1.0, 8.0, dtype=np.float32)
+    y, pullback = jax.vjp(lambda x: ste.error_decay_sign(x, k, t), jnp.asarray(x))
+    np.testing.assert_array_equal(y, np.sign(x))
+    expected = cotangent * k * t * (1 - np.tanh(t * x.astype(np.float64)) ** 2)
+    # float32: 1 - tanh**2 is good to 3e-7, cotangents are at most 7.
+    np.testing.assert_allclose(pullback(jnp.asarray(cotangent))[0], expected, rtol=1e-5, atol=2.1e-6 * k * t)
+
+
+def test_error_decay_parameters_get_no_gradient() -> None:
+    x = jnp.array([-0.3, 0.2])
+    gradients = jax.grad(lambda k, t: jnp.sum(ste.error_decay_sign(x, k, t) * x), argnums=(0, 1))(2.0, 0.5)
+    np.testing.assert_array_equal(gradients, 0)
+
+
+def test_error_decay_parameters_may_be_traced() -> None:
+    def gradient(k, t):
+        return jax.grad(lambda x: jnp.sum(ste.error_decay_sign(x, k, t)))(jnp.array([0.0, 1.0]))
+
+    jitted = jax.jit(gradient)
+    for k, t in ((10.0, 0.1), (1.0, 3.0)):
+        np.testing.assert_allclose(jitted(k, t), gradient(k, t), rtol=1e-5)
+    assert jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_error_decay_keeps_the_type(dtype) -> None:
+    x = jnp.ones(3, dtype)
+    y, pullback = jax.vjp(lambda x: ste.error_decay_sign(x, 1.0, 2.0), x)
+    assert y.dtype == pullback(x)[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "function", [*ROUNDING, ste.clip_unit, ste.relu6, ste.hard_tanh], ids=lambda function: function.__name__
+)
 def test_the_rules_hold_under_jit_and_vmap(function) -> None:
     x = jnp.linspace(-2.0, 8.0, 24).reshape(4, 6)
 

@@ -25,12 +25,21 @@ WEIGHT_EXAMPLES: dict[str, list[tuple[Spec, int | None]]] = {
         (spec("pruned", inner=spec("dorefa", bits=1), amount=0.1, apply_mask="after"), 3),
         (spec("pruned", inner=spec("dorefa", bits=1, one_bit="levels"), amount=0.1), None),
         (spec("pruned", inner=spec("dorefa", bits=2), amount=0.2, pattern="row_block", apply_mask="after"), 5),
+        (spec("pruned", inner=spec("irnet"), amount=0.1, apply_mask="after"), None),
     ],
+    # A scale for each filter.
+    "irnet": [(spec("irnet"), None)],
+    # Zero is a level of its own.
+    "sign": [(spec("sign"), 3)],
 }
 ACT_EXAMPLES: dict[str, list[Spec]] = {
     "identity": [IDENTITY],
     "dorefa": [spec("dorefa", bits=bits) for bits in (1, 2, 5, 8)],
+    "irnet": [spec("irnet")],
+    "sign": [spec("sign")],
 }
+# Binary quantizers whose sign of zero is zero: a level that real data do not reach.
+ZERO_LEVEL = {"irnet", "sign"}
 # Kernels (kh, kw, I, O): the usual one, 1x1 with odd channels, dense (I, O).
 SHAPES = [(3, 3, 8, 20), (1, 1, 5, 7), (12, 10)]
 # The quantizers whose options do not fit dense kernels.
@@ -130,7 +139,8 @@ def test_weight_gradient_is_finite_and_reaches_every_unmasked_weight(choice: Spe
     np.testing.assert_array_equal(np.asarray(gradient) != 0, np.asarray(mask) != 0)
 
 
-@each_weight_spec
+# The gradient of 'irnet' is tested in irnet_test.py: it goes through mean and standard deviation of each filter.
+@pytest.mark.parametrize("choice", [c for c, _ in WEIGHTS if "irnet" not in spec_id(c)], ids=spec_id)
 def test_weight_gradient_has_the_documented_form(choice: Spec) -> None:
     latent = kernel((3, 3, 8, 20), seed=4)
     cotangent = kernel((3, 3, 8, 20), seed=5)
@@ -186,7 +196,7 @@ def test_activation_takes_its_documented_levels(choice: Spec) -> None:
     levels = module.apply({}, method="levels")
     if levels is None:
         return
-    assert levels.size == 2 ** int(module.bits)
+    assert levels.size == 2 ** int(module.bits) + (choice.name in ZERO_LEVEL)
     assert np.all(np.diff(levels) > 0)
     # An ulp of the largest level: i / n may be computed as i * (1 / n).
     assert np.abs(q[..., None] - np.asarray(levels)).min(axis=-1).max() <= 1.2e-7
@@ -203,7 +213,7 @@ def test_activation_code_scale_makes_small_integers(choice: Spec) -> None:
     np.testing.assert_allclose(codes, np.round(codes), rtol=3e-7)
 
 
-@each_act
+@pytest.mark.parametrize("choice", [c for c in ACTS if c.name != "irnet"], ids=spec_id)
 def test_activation_gradient_passes_inside_its_range_only(choice: Spec) -> None:
     module = build_act(choice)()
     x = jnp.array([[-2.0, -0.01, 0.01, 0.5, 0.99, 1.01, 3.0]])

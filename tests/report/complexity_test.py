@@ -76,6 +76,58 @@ def test_parameters_of_the_published_networks(name, image_shape, num_classes, pa
     assert of_network(name, image_shape, num_classes).total.parameters == parameters
 
 
+BINARY = QuantSpec(weight=spec("irnet"), act=spec("irnet"))
+
+
+# Columns: parameters, quantized layers, their weights, their MACs, MACs of the others (SKD-BNN specification, section
+# 5; the last row follows from the sizes of the layers). The specification counts the shortcuts of both ResNet-18 twice,
+# 14,357,504 and 157,061,120: in training the real stream runs them a second time, for an image they are run once.
+SHORTCUTS_OF_THE_REAL_STREAM = {"hardtanh_resnet18_cifar": 14_357_504, "hardtanh_resnet18": 157_061_120}
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "num_classes", "expected"),
+    [
+        ("hardtanh_resnet20", CIFAR, 10, (269_850, 18, 267_264, 40_108_032, 443_008)),
+        ("hardtanh_vgg_small", CIFAR, 10, (4_660_106, 5, 4_571_136, 603_979_776, 3_620_864)),
+        ("hardtanh_resnet18_cifar", CIFAR, 10, (11_174_986, 16, 10_985_472, 547_356_672, 8_066_048)),
+        ("hardtanh_resnet18", IMAGENET, 1000, (11_690_536, 16, 10_985_472, 1_676_279_808, 137_793_536)),
+        ("hardtanh_mlp", (28, 28, 1), 10, (10_033_162, 3, 9_994_240, 9_994_240, 20_480)),
+    ],
+)
+def test_binary_networks_by_value(name, image_shape, num_classes, expected) -> None:
+    cost = of_network(name, image_shape, num_classes, quant=BINARY)
+    quantized, others = ([x for x in cost.layers if x.quantized == kind] for kind in (True, False))
+    sums = (sum(x.weights for x in quantized), sum(x.macs for x in quantized), sum(x.macs for x in others))
+    assert (cost.total.parameters, len(quantized), *sums) == expected
+    assert cost.total.quantized_bits == expected[2]
+    shortcuts = sum(layer.macs for layer in others if layer.full_precision_because == "shortcut")
+    assert sums[2] + shortcuts == SHORTCUTS_OF_THE_REAL_STREAM.get(name, sums[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "parameters"),
+    [
+        ("hardtanh_resnet20", CIFAR, 2_586),
+        ("hardtanh_vgg_small", CIFAR, 88_970),
+        ("hardtanh_resnet18_cifar", CIFAR, 189_514),
+        ("hardtanh_resnet18", IMAGENET, 705_064),
+    ],
+)
+def test_full_precision_parameters_of_the_binary_networks(name, image_shape, parameters) -> None:
+    cost = of_network(name, image_shape, 1000 if image_shape == IMAGENET else 10, quant=BINARY)
+    assert sum(layer.parameters for layer in cost.layers if not layer.quantized) == parameters
+
+
+def test_binary_layers_multiply_bits() -> None:
+    layers = {layer.path: layer for layer in of_network("hardtanh_mlp", (28, 28, 1), quant=BINARY).layers}
+    # The first layer of the MLP reads the pixels as they are.
+    assert [layers[f"fc{index}"].activation_bits for index in (1, 2, 3)] == [32, 1, 1]
+    resnet = of_network("hardtanh_resnet20", quant=BINARY)
+    assert {layer.activation_bits for layer in resnet.layers if layer.quantized} == {1}
+    assert resnet.total.bit_operations == 40_108_032
+
+
 def test_without_quantizers_everything_is_stored_in_full_precision() -> None:
     cost = of_network("resnet8", quant=QuantSpec())
     statistics = sum(layer.parameters for layer in cost.layers if layer.kind == "batch_norm")

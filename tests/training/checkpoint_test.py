@@ -493,6 +493,30 @@ def test_only_variables_may_be_asked_for(two_good: pathlib.Path) -> None:
         CheckpointStore(two_good, read_only=True).restore_variables({"opt_state": {}})
 
 
+def test_any_part_of_a_state_is_restored_on_its_own(damageable: pathlib.Path) -> None:
+    expected = tiny_state(2)
+    shutil.rmtree(damageable / "2" / "params")
+    with CheckpointStore(damageable, read_only=True) as store:
+        target = jax.eval_shape(lambda: {"opt_state": expected.opt_state, "step": expected.step})
+        items, meta = store.restore_items(target)
+        assert store.restore_items({"step": expected.step}, which=1)[0]["step"] == 1
+    assert meta == {"step": 2}
+    assert items.keys() == {"opt_state", "step"}
+    assert bits(items) == bits({"opt_state": expected.opt_state, "step": expected.step})
+
+
+def test_a_part_of_another_set_up_is_refused(two_good: pathlib.Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"another optimiser, objective .*: objective_state/bank/rows .* is missing"
+    ):
+        CheckpointStore(two_good, read_only=True).restore_items({"objective_state": {"bank": {"rows": jnp.ones(2)}}})
+
+
+def test_only_parts_of_a_state_may_be_asked_for(two_good: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"items \['parameters'\]: accepted are params, batch_stats"):
+        CheckpointStore(two_good, read_only=True).restore_items({"parameters": {}})
+
+
 def test_missing_steps_and_folders_are_named(two_good: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="no step 9: there are 1, 2"):
         CheckpointStore(two_good, read_only=True).restore(tiny_state(0), which=9)

@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnn_jax import objectives
 from bnn_jax.errors import CheckpointError
 from bnn_jax.objectives.classification import CrossEntropy
 from bnn_jax.ops.pruning import filter_mask
+from bnn_jax.stages import spec
 from bnn_jax.training import create
 from bnn_jax.training.devices import all_devices
 from tests.training import tiny
@@ -150,3 +152,10 @@ def test_a_network_without_state_has_empty_collections():
     )
     assert state.batch_stats == state.quant_state == {}
     assert set(state.variables) == {"params"}
+
+
+def test_only_objectives_with_a_state_have_one():
+    terms = tuple(objectives.build(spec(name)) for name in ("cross_entropy", "label_bank", "cluster"))
+    states = create.objective_states(terms, 3)
+    assert set(states) == {"label_bank"}
+    assert states["label_bank"]["bank"].shape == (3, 3)

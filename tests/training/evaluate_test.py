@@ -6,7 +6,7 @@ import pytest
 
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.evaluate import Evaluator, features_of
 from tests.training import tiny
 
 DATA = tiny.source(num_test=11, num_validation=4)
@@ -76,3 +76,20 @@ def test_an_evaluation_asked_to_stop_gives_nothing():
 def test_an_evaluation_asked_to_stop_after_its_last_batch_is_finished():
     answers = iter([False, False, False])
     assert evaluator(4)(tiny.variables(), "test", should_stop=lambda: next(answers, True)) is not None
+
+
+@pytest.mark.parametrize("batch_size", [11, 4, 500])
+def test_features_are_those_of_every_image_in_order(batch_size):
+    found = features_of(
+        NETWORK,
+        tiny.variables(),
+        DATA.test.images,
+        prepare=tiny.prepare_for_evaluation,
+        batch_size=batch_size,
+        devices=all_devices(),
+    )
+    images = tiny.prepare_for_evaluation(jnp.asarray(DATA.test.images))
+    expected = jax.jit(lambda x: NETWORK.apply(tiny.variables(), x, QuantContext()).features)(images)
+    assert found.shape == (11, 4) and found.dtype == np.float32
+    # Convolutions of another batch size may add in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

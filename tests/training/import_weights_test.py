@@ -466,6 +466,16 @@ NAMES = [
     ("conv0.weight_orig", 4, "params/conv0/kernel"),
     ("fc.weight", 2, "params/fc/kernel"),
     ("fc.bias", 1, "params/fc/bias"),
+    ("fc3.weight", 2, "params/fc3/kernel"),
+    ("fc3.bias", 1, "params/fc3/bias"),
+]
+
+ALIASES = [
+    ("linear.weight", 2, "params/fc/kernel"),
+    ("linear.bias", 1, "params/fc/bias"),
+    ("layer2.0.shortcut.0.weight", 4, "params/layer2_0/downsample_conv/kernel"),
+    ("layer2.0.shortcut.1.weight", 1, "params/layer2_0/downsample_bn/scale"),
+    ("layer2.0.shortcut.1.running_mean", 1, "batch_stats/layer2_0/downsample_bn/mean"),
 ]
 
 
@@ -475,7 +485,18 @@ def test_names_convert_in_both_directions(name, ndim, path):
     assert import_weights.to_pytorch_name(path, pruned=name.endswith("weight_orig")) == name
 
 
+@pytest.mark.parametrize(("name", "ndim", "path"), ALIASES)
+def test_other_names_of_the_same_modules_are_read(name, ndim, path):
+    assert import_weights.to_path(name, ndim=ndim) == path
+
+
+def test_an_array_under_two_names_of_its_module_is_an_error():
+    with pytest.raises(CheckpointError, match="two arrays of the file belong to params/fc/bias"):
+        import_weights.convert_names({"linear.bias": np.zeros(2), "fc.bias": np.zeros(2)})
+
+
 def test_similar_names_of_modules_stay():
+    assert import_weights.to_path("linear2.shortcut.bias", ndim=1) == "params/linear2/shortcut/bias"
     assert import_weights.to_path("player1.0.downsample.01.bias", ndim=1) == "params/player1/0/downsample/01/bias"
 
 

@@ -125,6 +125,28 @@ def test_a_group_of_learning_rate_0_is_frozen():
     assert (params["conv"]["kernel"] != parameters()["conv"]["kernel"]).all()
 
 
+def test_bounded_parameters_stay_within_their_bounds_after_every_step():
+    groups = (ParameterGroup("norm", bounds=(-0.5, 0.25)), ParameterGroup(".*"))
+    optim, steps = optim_spec(spec("sgd", momentum=0.9), groups=groups), range(1, STEPS)
+    bounded = [np.asarray(train(optim, steps=n)["norm"]["scale"]) for n in steps]
+    free = [np.asarray(train(optim_spec(spec("sgd", momentum=0.9)), steps=n)["norm"]["scale"]) for n in steps]
+    # An update is added to the parameter, which may round by a unit in the last place.
+    assert all((p >= -0.5 - 1e-7).all() and (p <= 0.25 + 1e-7).all() for p in bounded)
+    np.testing.assert_allclose(bounded[0], np.clip(free[0], -0.5, 0.25), rtol=1e-6)
+    assert any((np.abs(p) > 0.5).any() for p in free)
+    # Others are left alone, and so is the momentum.
+    np.testing.assert_array_equal(
+        train(optim)["conv"]["kernel"], train(optim_spec(spec("sgd", momentum=0.9)))["conv"]["kernel"]
+    )
+
+
+def test_adam_respects_bounds_too():
+    groups = (ParameterGroup(".*", bounds=(-0.1, 0.1)),)
+    params = train(optim_spec(spec("adam"), groups=groups))
+    assert np.abs(flat64(params)).max() <= 0.1 + 1e-8
+    assert (np.abs(flat64(params)) > 0.099).any()
+
+
 def test_no_weight_decay_moves_an_unused_parameter():
     optim = optim_spec(spec("sgd", momentum=0.9), groups=(ParameterGroup(".*", weight_decay=0.5),))
     params = train(optim, unused=("^norm/",))

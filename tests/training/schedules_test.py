@@ -11,6 +11,9 @@ EXAMPLES = {
     "constant": {"value": 0.3},
     "piecewise": {"boundaries": (1.0, 2.0), "values": (1.0, 0.1, 0.01)},
     "cosine": {"initial": 0.1, "warmup_epochs": 1.0},
+    "cosine_by_epoch": {"initial": 0.1, "warmup_epochs": 1},
+    "error_decay_t": {},
+    "error_decay_k": {},
 }
 
 
@@ -89,6 +92,50 @@ def test_cosine_rises_linearly_over_the_warm_up():
     schedule = build(spec("cosine", initial=0.1, warmup_epochs=2.0), steps_per_epoch=10, epochs=4)
     np.testing.assert_allclose(values(schedule, (0, 5, 10, 20)), [0.0, 0.025, 0.05, 0.1], rtol=1e-6)
     np.testing.assert_allclose(values(schedule, (30, 40)), [0.05, 0.0], rtol=1e-6, atol=1e-9)
+
+
+# Epochs, warm-up, base rate of the five published recipes (SKD-BNN specification, section 2.9).
+RECIPES = [(700, 8, 0.1), (600, 8, 0.05), (800, 16, 0.3), (128, 8, 0.1), (128, 0, 0.001)]
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "base"), RECIPES)
+def test_cosine_by_epoch_is_that_of_the_published_recipes(epochs, warmup, base):
+    schedule = build(spec("cosine_by_epoch", initial=base, warmup_epochs=warmup), steps_per_epoch=3, epochs=epochs)
+    e = np.arange(epochs)
+    rising = base * (e + 1) / (warmup + 1)
+    falling = base * 0.5 * (1 + np.cos(np.pi * (e - warmup) / (epochs - warmup)))
+    expected = np.where(e <= warmup, rising, falling)
+    # One rounding to float32; the last value is 1e-6 of the base rate.
+    np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(3 * jnp.arange(epochs)), expected, rtol=1e-6)
+    assert expected[0] == pytest.approx(base / (warmup + 1)) and expected[warmup] == base
+
+
+def test_cosine_by_epoch_is_constant_within_an_epoch_and_stays_after_the_last():
+    schedule = build(spec("cosine_by_epoch", initial=1.0, final=0.5, warmup_epochs=1), steps_per_epoch=4, epochs=3)
+    found = values(schedule, range(12)).reshape(3, 4)
+    np.testing.assert_array_equal(found, found[:, :1].repeat(4, axis=1))
+    np.testing.assert_allclose(found[:, 0], [0.5, 1.0, 0.75], rtol=1e-6)
+    assert float(schedule(jnp.int32(100))) == found[2, 0]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_cosine_by_epoch_takes_a_warm_up_longer_than_the_stage(epochs):
+    schedule = build(spec("cosine_by_epoch", initial=0.9, warmup_epochs=8), steps_per_epoch=1, epochs=epochs)
+    np.testing.assert_allclose(values(schedule, range(epochs)), 0.1 * (1 + np.arange(epochs)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [128, 600, 700, 800])
+def test_error_decay_rises_to_almost_ten_and_its_height_is_1_from_t_1_on(epochs):
+    t, k = (build(spec(f"error_decay_{name}"), steps_per_epoch=2, epochs=epochs) for name in "tk")
+    steps = 2 * jnp.arange(epochs) + 1
+    t, k = (np.asarray(jax.jit(jax.vmap(schedule))(steps), np.float64) for schedule in (t, k))
+    expected = 10.0 ** (-3 + 4 * np.arange(epochs) / epochs)
+    np.testing.assert_allclose(t, expected, rtol=1e-6)
+    np.testing.assert_allclose(k, np.where(expected < 1, 1 / expected, 1.0), rtol=1e-6)
+    assert t[0] == pytest.approx(1e-3) and 9 < t[-1] < 10
+    # The slope at 0 is 1 for three quarters of the stage, and t after that.
+    np.testing.assert_array_equal(np.abs(k * t - 1) < 1e-6, expected <= 1)
+    assert (expected <= 1).sum() == epochs * 3 // 4 + 1
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
