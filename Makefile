@@ -23,7 +23,7 @@ run: $(VENV)/.installed-$(call extras,report)
 
 # The tests need no accelerator, and several processes would fight for the memory of one.
 test: $(VENV)/.installed-$(call extras,report$(comma)test)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) $(TEST_OPTIONS)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(TEST_OPTIONS)
 
 lint: $(VENV)/.installed-$(call extras,dev$(comma)report$(comma)test)
 	$(VENV)/bin/ruff check .

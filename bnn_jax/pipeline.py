@@ -209,15 +209,15 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
     network = run.network(stage, num_classes=num_classes)
     shapes = create.variable_shapes(network, image_shape)
     if checkpoint is not None:
-        variables, label = load_checkpoint(checkpoint, shapes), str(checkpoint)
+        variables, path = load_checkpoint(checkpoint, shapes), checkpoint
     else:
         variables = run.load_variables(f"stage:{stage.name}@{which or 'last'}", shapes)
-        label = f"{run.checkpoints(stage)} ({which or 'last'} epoch)"
+        path = run.checkpoints(stage)
     devices = all_devices()
     evaluator = make_evaluator(run, network, run.load_data(_only_test(stage)), devices)
     result = evaluator(devices.replicate(variables), "test")
     assert result is not None  # only asked to stop could it be
-    return {**result, "stage": stage.name, "checkpoint": label}
+    return {**result, "stage": stage.name, "checkpoint": str(path)}
 
 
 def _last_finished(run: Run) -> Stage:

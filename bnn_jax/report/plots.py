@@ -147,7 +147,7 @@ def plot_features(
         _draw_class(axis, points[labels == label], int(label), count=len(class_names))
     if len(class_names) <= MOST_NAMED_CLASSES:
         for label in np.unique(labels):
-            _label_class(axis, points[labels == label], class_names[label])
+            _label_class(axis, points[labels == label], class_names[int(label)])
         axis.legend(
             *zip(*((_class_marker(int(label), len(class_names)), class_names[label]) for label in np.unique(labels))),
             frameon=False,

@@ -59,10 +59,10 @@ def test_the_gradient_of_a_filter_is_orthogonal_to_ones_and_to_its_centred_weigh
 
 
 def test_the_knobs_change_the_gradient_and_never_the_value() -> None:
-    w = weights()
+    w, factor = weights(), jnp.sin(jnp.arange(6.0))[None, None, None]
     values, gradients = zip(
         *(
-            jax.value_and_grad(lambda w, ctx=ctx: jnp.sum(jnp.sin(jnp.arange(6.0))[None, None, None] * quantize(w, ctx) * w))(w)
+            jax.value_and_grad(lambda w, ctx=ctx: jnp.sum(factor * quantize(w, ctx) * w))(w)
             for ctx in (knobs(10.0, 0.1), knobs(1.0, 8.0), QuantContext())
         ),
         strict=True,
