@@ -164,7 +164,7 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
     method = flat.get("method")
     if not isinstance(method, str) or method not in SECTIONS:
-        raise UserError(f"config.method={method!r}: accepted are {', '.join(SECTIONS)}")
+        raise UserError(f"config.method={method!r}: accepted are {', '.join(sorted(SECTIONS))}")
     schema = {**COMMON, **SECTIONS[method]}
     for key in flat:
         if key not in schema:
