@@ -20,7 +20,7 @@ from bnn_jax.training.checkpoint import CheckpointStore
 
 
 def kill_in(
-    owner: Any, name: str, *, count: int, before: bool = False, only: Callable[..., bool] | None = None
+    owner: Any, name: str, *, count: int, before: bool = False, only: Callable[..., bool] = lambda *_: True
 ) -> None:
     """Kills the process before or after the ``count``-th call of a function, of those calls that ``only`` accepts."""
     original, calls = getattr(owner, name), []
