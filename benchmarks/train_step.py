@@ -1,14 +1,22 @@
-"""Speed of the training step: images/s per bit width, compilation, and what our loop costs over a bare jitted step.
+"""Speed of the training step: images/s per bit width, compilation, and what our loop costs over a bare jitted step;
+what self-distillation and its real stream cost.
 
-    python benchmarks/train_step.py [--network=resnet20] [--batch_size=128] [--steps=8] [--rounds=3] [--bits=32,8,4,2,1]
+    python benchmarks/train_step.py [--methods=asbq,skd] [--network=resnet20] [--batch_size=128] [--steps=4]
+                                    [--rounds=3] [--bits=32,8,4,2,1]
 
-Both sides run in this process in turn (loop, bare, loop, bare, ...) on the same network and batch size; the ratio is
-the median over the rounds of their times, pair by pair, so that it holds when the machine's speed drifts. The bare step
-is forward, backward and optimiser on one fixed float batch: no gathering, no augmentation, no mask, no metrics, no
-progress. The last line is one JSON object.
+ASBQ: both sides run in this process in turn (loop, bare, loop, bare, ...) on the same network and batch size; the ratio
+is the median over the rounds of their times, pair by pair, so that it holds when the machine's speed drifts. The bare
+step is forward, backward and optimiser on one fixed float batch: no gathering, no augmentation, no mask, no metrics, no
+progress.
+
+SKD-BNN: the loop of its ResNet-20 with all terms, without the one that needs the real stream, and of IR-Net alone, run
+in turn too; the ratios are those of the times of a round, the median over the rounds.
+
+The last line is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -32,7 +40,7 @@ from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import EpochClock, LoopOptions, StageLoop
 from bnn_jax.training.progress import Progress
-from configs import asbq_resnet20
+from configs import asbq_resnet20, skd_resnet20
 
 
 def make_run(options: argparse.Namespace, bits: int, folder: Path) -> Run:
@@ -46,6 +54,28 @@ def make_run(options: argparse.Namespace, bits: int, folder: Path) -> Run:
     config.asbq.bits = (bits,)
     config.asbq.learning_rates = (0.01,)
     return Run(validate(config.to_dict()), folder)
+
+
+# Sides of the comparison: name, and the terms besides the task's own.
+SKD_SIDES = {
+    "all terms": ("feature_swap", "label_bank", "cluster"),
+    "no real stream": ("label_bank", "cluster"),
+    "IR-Net alone": (),
+}
+
+
+def make_skd_run(options: argparse.Namespace, terms: tuple[str, ...], folder: Path) -> Run:
+    """A run of SKD-BNN's ResNet-20 on generated images, with these terms of its own besides the cross-entropy."""
+    config = skd_resnet20.get_config("smoke")
+    config.train.compute_dtype = options.compute_dtype
+    config.train.batch_size = options.batch_size
+    config.data.num_train = min(512, options.batch_size * options.steps)
+    config.data.num_eval = 8
+    run = Run(validate(config.to_dict()), folder)
+    (stage,) = run.stages
+    kept = tuple(term for term in stage.objectives if term.name in ("cross_entropy", *terms))
+    run.stages = (dataclasses.replace(stage, objectives=kept),)
+    return run
 
 
 def bare_step(network: Any, optimizer: Any):
@@ -147,16 +177,49 @@ def measure(options: argparse.Namespace, bits: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def measure_skd(options: argparse.Namespace) -> dict[str, Any]:
+    """Throughput and compilation of each side, and the ratios of their times."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides, compiling = {}, {}
+        for name, terms in SKD_SIDES.items():
+            place = Path(folder) / name.replace(" ", "_")
+            sides[name] = LoopSide(make_skd_run(options, terms, place), place)
+            compiling[name] = sides[name].run()[0]
+        rounds = [{name: side.run() for name, side in sides.items()} for _ in range(options.rounds)]
+        steps = next(iter(sides.values())).loop.steps_per_epoch
+    seconds = {name: statistics.median(times[name][0] for times in rounds) for name in sides}
+
+    def ratio(one: str, other: str) -> float:
+        return round(statistics.median(times[one][0] / times[other][0] for times in rounds), 3)
+
+    rows = [
+        {
+            "terms": name,
+            "images_per_second": round(rounds[0][name][1] / seconds[name], 1),
+            "milliseconds_per_step": round(1000 * seconds[name] / steps, 1),
+            "compile_seconds": round(compiling[name] - seconds[name], 1),
+            "over_irnet": ratio(name, "IR-Net alone"),
+        }
+        for name in sides
+    ]
+    return {"rows": rows, "real_stream_ratio": ratio("all terms", "no real stream")}
+
+
+def show_skd(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures SKD-BNN and prints a line for each side."""
+    result = measure_skd(options)
+    print(f"{'SKD-BNN ResNet-20':<18} {'images/s':>10} {'ms/step':>9} {'compile s':>10} {'over IR-Net':>12}")
+    for row in result["rows"]:
+        print(
+            f"{row['terms']:<18} {row['images_per_second']:>10} {row['milliseconds_per_step']:>9} "
+            f"{row['compile_seconds']:>10} {row['over_irnet']:>12}"
+        )
+    print(f"the real stream makes a step {result['real_stream_ratio']} times as long", flush=True)
+    return result
+
+
+def show_asbq(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every bit width and prints a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="resnet20")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4, help="steps per round; at most 512 images in all")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--bits", default="32,8,4,2,1")
-    parser.add_argument("--compute_dtype", default="float32", choices=("float32", "bfloat16"))
-    options = parser.parse_args()
     rows = []
     print(f"{'bits':>4} {'images/s':>10} {'ms/step':>9} {'compile s':>10} {'programs':>9} {'loop/bare':>10}")
     for bits in map(int, options.bits.split(",")):
@@ -167,8 +230,28 @@ def main() -> None:
             f"{row['compile_seconds']:>10} {row['compiled_programs']:>9} {row['loop_over_bare']:>10}",
             flush=True,
         )
+    return rows
+
+
+def main() -> None:
+    """Measures every bit width and SKD-BNN, and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="asbq,skd", help="which tables are made, separated by commas")
+    parser.add_argument("--network", default="resnet20", help="of the ASBQ rows")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4, help="steps per round; at most 512 images in all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bits", default="32,8,4,2,1")
+    parser.add_argument("--compute_dtype", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args()
+    methods = options.methods.split(",")
+    if not set(methods) <= {"asbq", "skd"}:
+        parser.error(f"--methods={options.methods}: accepted are asbq, skd")
+    rows = show_asbq(options) if "asbq" in methods else []
+    skd = show_skd(options) if "skd" in methods else None
     device = jax.devices()[0]
-    print(json.dumps({**vars(options), "rows": rows, "device": device.device_kind, **run_folder.provenance()}))
+    content = {**vars(options), "rows": rows, "skd": skd, "device": device.device_kind, **run_folder.provenance()}
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -142,19 +142,16 @@ def plot_features(
     figure = _new_figure(width=9.2, height=7.8)
     points, components = _embed(np.asarray(features, np.float64), seed=seed)
     axis = figure.subplots()
-    labels = np.asarray(labels)
-    for label in np.unique(labels):
-        _draw_class(axis, points[labels == label], int(label), count=len(class_names))
-    if len(class_names) <= MOST_NAMED_CLASSES:
-        for label in np.unique(labels):
-            _label_class(axis, points[labels == label], class_names[int(label)])
-        axis.legend(
-            *zip(*((_class_marker(int(label), len(class_names)), class_names[label]) for label in np.unique(labels))),
-            frameon=False,
-            loc="upper left",
-            bbox_to_anchor=(1.0, 1.0),
-            fontsize=9,
-        )
+    labels, count = np.asarray(labels), len(class_names)
+    groups: dict[int, np.ndarray] = {int(label): points[labels == label] for label in np.unique(labels)}
+    for label, group in groups.items():
+        _draw_class(axis, group, label, count=count)
+    if count <= MOST_NAMED_CLASSES:
+        for label, group in groups.items():
+            _label_class(axis, group, class_names[label])
+        markers = [_class_marker(label, count) for label in groups]
+        names = [class_names[label] for label in groups]
+        axis.legend(markers, names, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[["top", "right", "left", "bottom"]].set_color("#cccccc")
