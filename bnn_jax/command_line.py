@@ -146,7 +146,7 @@ def run(values: Any) -> None:
         checkpoint = Path(values.checkpoint) if values.checkpoint else None
         result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
         print(
-            f"{result['stage']}: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
+            f"{values.stage or result['stage']}: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
             f"loss {result['loss']:.4f}  ({result['num_images']:,} images, {result['checkpoint']})"
         )
     elif values.mode == "summary":

@@ -147,7 +147,7 @@ def test_evaluate_gives_the_last_finished_stage(chain):
 def test_evaluate_without_json_prints_a_line_for_people(chain):
     finished = here(chain, "--mode=evaluate", "--stage=w4a4@best")
     assert finished.code == 0
-    assert re.fullmatch(r"w4a4: top-1 .* %  top-5 .* %  loss .*  \(8 images, .*best epoch\)\)\n", finished.stdout)
+    assert re.fullmatch(r"w4a4@best: top-1 .* %  top-5 .* %  loss .*  \(8 images, .*checkpoints\)\n", finished.stdout)
 
 
 @pytest.mark.parametrize("inside", ["01_w8a8", "01_w8a8/checkpoints", "01_w8a8/checkpoints/2"])
