@@ -44,7 +44,10 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         mean, var, scale, bias = (per_channel(v, x) for v in (mean, var, scale, bias))
-        return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        # One factor and one summand, as PyTorch computes it on a CPU: where a value equals its channel's mean, the next
+        # layer binarises the rounding of this line, and (x - mean) would often be an exact 0 instead.
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        return x * factor + (bias - mean * factor)
 
 
 def per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
