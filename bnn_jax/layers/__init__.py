@@ -1,6 +1,6 @@
 """Layers: quantized convolution and dense layers, batch normalisation, shortcuts, activations."""
 
 from bnn_jax.layers.conv import QuantConv, QuantDense
-from bnn_jax.layers.norm import BatchNorm
+from bnn_jax.layers.norm import BatchNorm, BranchBatchNorm
 
-__all__ = ["BatchNorm", "QuantConv", "QuantDense"]
+__all__ = ["BatchNorm", "BranchBatchNorm", "QuantConv", "QuantDense"]

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.quantizers.base import QuantContext, chosen_branch
 
 
 class BatchNorm(nn.Module):
@@ -38,16 +38,75 @@ class BatchNorm(nn.Module):
         if ctx.train:
             mean, var, count = batch_moments(x, ctx.mask)
             if not self.is_initializing() and ctx.stream == "quant":
-                unbiased = var * (count / jnp.maximum(count - 1, 1))
-                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+                running_mean.value = running(running_mean.value, mean, self.momentum)
+                running_var.value = running(running_var.value, unbiased(var, count), self.momentum)
         else:
             mean, var = running_mean.value, running_var.value
-        mean, var, scale, bias = (per_channel(v, x) for v in (mean, var, scale, bias))
-        # One factor and one summand, as PyTorch computes it on a CPU: where a value equals its channel's mean, the next
-        # layer binarises the rounding of this line, and (x - mean) would often be an exact 0 instead.
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale
-        return x * factor + (bias - mean * factor)
+        return normalise(x, mean, var, scale, bias, epsilon=self.epsilon)
+
+
+class BranchBatchNorm(nn.Module):
+    """BatchNorm with parameters and running statistics for each branch, of which one pass uses the chosen one.
+
+    Forward: ``BatchNorm`` with row ``j = ctx.choice[index]`` of everything; without a choice row 0. In training only
+      that row's running statistics move.
+    Backward: ordinary differentiation; the other branches' gradients are zeros.
+
+    Parameters and running statistics have the shape (branches, C), or (C,), as in ``BatchNorm``, for one branch.
+
+    Attributes:
+      branches: number of branches.
+      index: place of this layer in ``ctx.choice``.
+      momentum: share of the old running value that is kept.
+      epsilon: added to the variance.
+
+    Reference: BASQ, Kim et al. 2022 (ECCV), section 3.2; release: HanByulKim/BASQ: mbv2_supernet.py.
+    """
+
+    branches: int
+    index: int
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """Normalised ``x`` (N, ..., C), float32."""
+        shape = (x.shape[-1],) if self.branches == 1 else (self.branches, x.shape[-1])
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        row = ... if self.branches == 1 else chosen_branch(ctx, self.index)
+        if ctx.train:
+            mean, var, count = batch_moments(x, ctx.mask)
+            if not self.is_initializing() and ctx.stream == "quant":
+                for variable, value in ((running_mean, mean), (running_var, unbiased(var, count))):
+                    old = variable.value
+                    variable.value = old.at[row].set(running(old[row], value, self.momentum))
+        else:
+            mean, var = running_mean.value[row], running_var.value[row]
+        return normalise(x, mean, var, scale[row], bias[row], epsilon=self.epsilon)
+
+
+def running(old: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
+    """Running value after a batch."""
+    return momentum * old + (1 - momentum) * batch
+
+
+def unbiased(var: jax.Array, count: jax.Array) -> jax.Array:
+    """Unbiased variance from the biased one of ``count`` values."""
+    return var * (count / jnp.maximum(count - 1, 1))
+
+
+def normalise(
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float
+) -> jax.Array:
+    """``(x - mean) / sqrt(var + epsilon) * scale + bias``, channel by channel; the four are (C,)."""
+    mean, var, scale, bias = (per_channel(v, x) for v in (mean, var, scale, bias))
+    # One factor and one summand, as PyTorch computes it on a CPU: where a value equals its channel's mean, the next
+    # layer binarises the rounding of this line, and (x - mean) would often be an exact 0 instead.
+    factor = jax.lax.rsqrt(var + epsilon) * scale
+    return x * factor + (bias - mean * factor)
 
 
 def per_channel(values: jax.Array, x: jax.Array) -> jax.Array:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
+from bnn_jax.quantizers.branch_clip import BranchClipAct
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
+from bnn_jax.quantizers.lsq import LsqAct, LsqWeight
 from bnn_jax.quantizers.pruned import Pruned
 from bnn_jax.stages import Spec
 
@@ -15,6 +17,7 @@ WEIGHT: dict[str, type[WeightQuantizer]] = {
     "dorefa": DorefaWeight,
     "irnet": IrNetWeight,
     "sign": SignWeight,
+    "lsq": LsqWeight,
     "pruned": Pruned,
 }
 
@@ -23,6 +26,8 @@ ACT: dict[str, type[ActQuantizer]] = {
     "dorefa": DorefaAct,
     "irnet": IrNetAct,
     "sign": SignAct,
+    "lsq": LsqAct,
+    "branch_clip": BranchClipAct,
 }
 
 

@@ -120,6 +120,11 @@ class ActQuantizer(nn.Module):
         return None
 
 
+def chosen_branch(ctx: QuantContext, index: int) -> jax.Array | int:
+    """Branch that the context chooses for the searched layer ``index``; branch 0 where it holds no choice."""
+    return 0 if ctx.choice is None else ctx.choice[index]
+
+
 def encode_integers(codes: jax.Array, scale: jax.Array, lowest: int, highest: int, step: int = 1) -> Encoded:
     """Look-up form of ``codes * scale`` for integer codes ``lowest, lowest + step, ..., highest``.
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnn_jax.layers import BatchNorm
+from bnn_jax.layers import BatchNorm, BranchBatchNorm
 from bnn_jax.quantizers import QuantContext
 
 TRAIN = QuantContext(train=True)
@@ -99,3 +99,51 @@ def test_one_value_per_channel_gives_finite_running_statistics() -> None:
     # n - 1 = 0: the unbiased variance does not exist.
     _, updates = train(jnp.ones((1, 6)))
     assert np.all(np.isfinite(updates["batch_stats"]["var"]))
+
+
+BRANCHES = 3
+
+
+def branch_norm(x, ctx, seed=1):
+    """A branch norm as second searched layer, with random variables, and the variables."""
+    norm = BranchBatchNorm(branches=BRANCHES, index=1)
+    random = np.random.RandomState(seed)
+    shapes = jax.eval_shape(lambda: norm.init(jax.random.key(0), x, ctx))
+    return norm, jax.tree.map(lambda leaf: jnp.asarray(random.uniform(0.5, 2, leaf.shape), jnp.float32), shapes)
+
+
+def row(variables, branch):
+    return jax.tree.map(lambda leaf: leaf[branch], variables)
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize("branch", range(BRANCHES))
+def test_a_branch_normalises_as_an_ordinary_layer_with_its_row(x, branch, train_mode) -> None:
+    ctx = QuantContext(train=train_mode, choice=jnp.array([0, branch]))
+    norm, variables = branch_norm(x, ctx)
+    y, updates = norm.apply(variables, x, ctx, mutable=["batch_stats"])
+    expected, expected_updates = BatchNorm().apply(row(variables, branch), x, ctx, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, expected)
+    jax.tree.map(np.testing.assert_array_equal, row(updates, branch), expected_updates)
+
+
+def test_the_other_branches_keep_their_statistics_and_get_no_gradient(x) -> None:
+    ctx = QuantContext(train=True, choice=jnp.array([0, 2]))
+    norm, variables = branch_norm(x, ctx)
+    _, updates = norm.apply(variables, x, ctx, mutable=["batch_stats"])
+
+    def loss(params):
+        return jnp.sum(norm.apply({**variables, "params": params}, x, ctx, mutable=["batch_stats"])[0] ** 2)
+
+    gradient = jax.grad(loss)(variables["params"])
+    for other in (0, 1):
+        jax.tree.map(
+            np.testing.assert_array_equal, row(updates, other)["batch_stats"], row(variables, other)["batch_stats"]
+        )
+        assert not any(np.any(leaf[other]) for leaf in jax.tree.leaves(gradient))
+    assert all(np.all(leaf[2] != 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_single_branch_has_the_variables_of_an_ordinary_layer(x) -> None:
+    variables = BranchBatchNorm(branches=1, index=0).init(jax.random.key(0), x, TRAIN)
+    jax.tree.map(np.testing.assert_array_equal, variables, BatchNorm().init(jax.random.key(0), x, TRAIN))

@@ -1,0 +1,34 @@
+"""Checks of the BASQ golden files, by file name.
+
+The files come from running the published PyTorch code; their README states content and tolerances. Everything that can
+differ between two files of a kind (cases, shapes, bit widths, geometry, classes, genes) is read from them.
+"""
+
+from collections.abc import Callable
+
+from tests.golden.basq.parts import (
+    check_clipped_activation,
+    check_conv,
+    check_edges,
+    check_lsq_act,
+    check_lsq_weight,
+    check_shortcut,
+)
+from tests.golden.comparison import Comparison, GoldenFile
+
+
+def _both(*checks: Callable[[GoldenFile, Comparison], None]) -> Callable[[GoldenFile, Comparison], None]:
+    def run(file: GoldenFile, result: Comparison) -> None:
+        for check in checks:
+            check(file, result)
+
+    return run
+
+
+CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
+    ("quant_basq_act", _both(check_clipped_activation, check_edges)),
+    ("quant_lsq_weight", check_lsq_weight),
+    ("quant_lsq_act", check_lsq_act),
+    ("qtconv", check_conv),
+    ("flexconn", check_shortcut),
+)
