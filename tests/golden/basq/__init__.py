@@ -14,6 +14,7 @@ from tests.golden.basq.parts import (
     check_lsq_weight,
     check_shortcut,
 )
+from tests.golden.basq.searching import check_evolution, check_folds
 from tests.golden.comparison import Comparison, GoldenFile
 
 
@@ -31,4 +32,6 @@ CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     ("quant_lsq_act", check_lsq_act),
     ("qtconv", check_conv),
     ("flexconn", check_shortcut),
+    ("evolution", check_evolution),
+    ("kfold", check_folds),
 )

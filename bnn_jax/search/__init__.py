@@ -1,0 +1,1 @@
+"""Search over the branches of a supernet: NumPy only, no network and no jax."""
