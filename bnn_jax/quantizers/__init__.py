@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from bnn_jax.quantizers.approx_sign import ApproxSignAct
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
@@ -23,6 +24,7 @@ ACT: dict[str, type[ActQuantizer]] = {
     "dorefa": DorefaAct,
     "irnet": IrNetAct,
     "sign": SignAct,
+    "approx_sign": ApproxSignAct,
 }
 
 

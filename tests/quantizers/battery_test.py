@@ -37,9 +37,10 @@ ACT_EXAMPLES: dict[str, list[Spec]] = {
     "dorefa": [spec("dorefa", bits=bits) for bits in (1, 2, 5, 8)],
     "irnet": [spec("irnet")],
     "sign": [spec("sign")],
+    "approx_sign": [spec("approx_sign")],
 }
 # Binary quantizers whose sign of zero is zero: a level that real data do not reach.
-ZERO_LEVEL = {"irnet", "sign"}
+ZERO_LEVEL = {"irnet", "sign", "approx_sign"}
 # Kernels (kh, kw, I, O): the usual one, 1x1 with odd channels, dense (I, O).
 SHAPES = [(3, 3, 8, 20), (1, 1, 5, 7), (12, 10)]
 # The quantizers whose options do not fit dense kernels.
@@ -218,8 +219,12 @@ def test_activation_gradient_passes_inside_its_range_only(choice: Spec) -> None:
     module = build_act(choice)()
     x = jnp.array([[-2.0, -0.01, 0.01, 0.5, 0.99, 1.01, 3.0]])
     gradient = jax.grad(lambda x: jnp.sum(module.apply({}, x, QuantContext())))(x)
-    inside = (np.asarray(x) > 0) & (np.asarray(x) < 1) if choice.name == "dorefa" else np.ones(x.shape, bool)
-    np.testing.assert_array_equal(gradient, inside)
+    slopes = {
+        "dorefa": (x > 0) & (x < 1),
+        # Twice as steep as the identity at 0, 0 from 1 on.
+        "approx_sign": jnp.maximum(0, 2 - 2 * jnp.abs(x)),
+    }
+    np.testing.assert_array_equal(gradient, slopes.get(choice.name, jnp.ones(x.shape)))
 
 
 @each_act
