@@ -3,7 +3,8 @@
 ``read_pytorch`` takes the arrays out of the file, ``state_dict`` finds the network's among them, ``convert_names``
 gives them our names and layout, ``import_state`` compares the result with a network, leaf by leaf, and
 ``import_pytorch`` does all of it. The golden tests use the steps, and single names in both directions.
-Methods whose networks have other names add lines to ``MODULE_NAMES``, ``MODULE_ALIASES`` and ``LEAF_NAMES``.
+Methods whose networks have other names add lines to ``MODULE_NAMES``, ``MODULE_ALIASES`` and ``LEAF_NAMES``. The
+networks ``standard_resnet18``, ``-34`` and ``-50`` take torchvision's ImageNet weights, names and shapes.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ MODEL_STATE_KEYS = ("model_state_dict", "state_dict", "model")
 
 MAX_NESTING = 64
 
-# Names of modules: PyTorch's, ours; {} is a number that both share.
+# Names of modules: PyTorch's (those of torchvision's ResNets), ours; {} is a number that both share.
 MODULE_NAMES: tuple[tuple[str, str], ...] = (
     ("layer{}.{}", "layer{}_{}"),
     ("downsample.0", "downsample_conv"),
@@ -189,7 +190,19 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
         ("torch", "FloatStorage"): np.dtype(np.float32),
         ("torch", "LongStorage"): np.dtype(np.int64),
         ("torch._utils", "_rebuild_tensor_v2"): _tensor_view,
+        ("torch._utils", "_rebuild_parameter"): _parameter,
     }
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> np.ndarray:
+    """A tensor saved as a parameter, as in the ImageNet weights of torchvision: the tensor.
+
+    Raises:
+      UserError: it holds no tensor.
+    """
+    if not isinstance(data, np.ndarray):
+        raise UserError("damaged: a parameter without a tensor")
+    return data
 
 
 def _tensor_view(
