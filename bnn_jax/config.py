@@ -68,6 +68,7 @@ COMMON: dict[str, Key] = {
     "data.validation_fraction": Key(float, FRACTION),
     "data.augment": Key(str, ("pad_crop_flip", "pad_crop", "edge_crop_flip", "none")),
     "data.normalize": Key(bool),
+    "data.lighting": Key(str, ("none", "release", "paper")),
     "data.image_size": Key(int, POSITIVE, optional=True),
     "data.num_classes": Key(int, _range("2 or more", lambda value: value >= 2), optional=True),
     "train.batch_size": Key(int, POSITIVE),
@@ -135,6 +136,10 @@ LOCATION_KEYS = frozenset(
         "train.checkpoint_seconds",
     }
 )
+
+
+# Keys added after runs were made, with the value that stands for what those runs did: their folders stay usable.
+ADDED_LATER = {"data.lighting": "none"}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

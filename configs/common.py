@@ -24,6 +24,7 @@ def base() -> ml_collections.ConfigDict:
     config.data.validation_fraction = 0.0  # share of train held out to choose the best epoch; 0: chosen on the test set
     config.data.augment = "pad_crop_flip"  # 'pad_crop_flip' | 'pad_crop' | 'edge_crop_flip' | 'none'
     config.data.normalize = True  # whether the channels are normalised; else pixels stay in [0, 1]
+    config.data.lighting = "none"  # random change of light in training: 'none' | 'release' | 'paper'
     config.data.image_size = config_dict.placeholder(int)  # pixels, for generated or embedded images only
     config.data.num_classes = config_dict.placeholder(int)  # for generated images only
 
