@@ -36,6 +36,11 @@ MODULE_NAMES: tuple[tuple[str, str], ...] = (
     ("layer{}.{}", "layer{}_{}"),
     ("downsample.0", "downsample_conv"),
     ("downsample.1", "downsample_bn"),
+    # ReActNet and SNN.
+    ("move0", "sign_shift"),
+    ("move1", "rprelu.input_shift"),
+    ("prelu", "rprelu.prelu"),
+    ("move2", "rprelu.output_shift"),
 )
 
 # Further names of PyTorch for the same modules, only read: names written are those above.
@@ -44,7 +49,13 @@ MODULE_ALIASES: tuple[tuple[str, str], ...] = (
     ("linear", "fc"),
     ("shortcut.0", "downsample_conv"),
     ("shortcut.1", "downsample_bn"),
+    # ReActNet and SNN, whose shortcuts begin with a pooling.
+    ("binary_conv", "conv1"),
+    ("binarize", "weight_quantizer"),
+    ("downsample.2", "downsample_bn"),
 )
+# Those for kernels only: elsewhere the same name is another module's.
+KERNEL_ALIASES: tuple[tuple[str, str], ...] = (("downsample.1", "downsample_conv"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +67,19 @@ class LeafName:
       collection: collection it belongs to.
       ours: end of our path.
       one_dimensional: whether the rule is for arrays with one axis, with more (False), or for all (None).
+      module: last part of our module's name that the rule is for; None for all.
     """
 
     pytorch: str
     collection: str
     ours: str
     one_dimensional: bool | None = None
+    module: str | None = None
 
 
 LEAF_NAMES: tuple[LeafName, ...] = (
     LeafName("weight", "params", "kernel", one_dimensional=False),
+    LeafName("weight", "params", "slope", one_dimensional=True, module="prelu"),
     LeafName("weight", "params", "scale", one_dimensional=True),
     LeafName("bias", "params", "bias"),
     LeafName("running_mean", "batch_stats", "mean"),
@@ -73,6 +87,8 @@ LEAF_NAMES: tuple[LeafName, ...] = (
     # torch.nn.utils.prune splits the weight in two.
     LeafName("weight_orig", "params", "kernel"),
     LeafName("weight_mask", "quant_state", "weight_quantizer/mask"),
+    # SNN's codebooks.
+    LeafName("patterns", "params", "codebook"),
 )
 
 # Counts the batches seen; PyTorch reads it only where the momentum is None.
@@ -290,7 +306,7 @@ def to_path(name: str, *, ndim: int) -> str | None:
     """Our path for a name of PyTorch's; None for arrays we do not keep.
 
     'layer2.0.downsample.0.weight' -> 'params/layer2_0/downsample_conv/kernel'. Unknown last parts stay as they are, in
-    'params', so that a strict comparison names them. ``to_pytorch_name`` is the inverse but for ``MODULE_ALIASES``.
+    'params', so that a strict comparison names them. ``to_pytorch_name`` is the inverse but for the aliases.
 
     Args:
       name: PyTorch's name without 'module.'.
@@ -299,11 +315,13 @@ def to_path(name: str, *, ndim: int) -> str | None:
     module, _, leaf = name.rpartition(".")
     if leaf in IGNORED_LEAVES:
         return None
-    for pytorch, ours in MODULE_NAMES + MODULE_ALIASES:
+    only_kernels = KERNEL_ALIASES if leaf == "weight" and ndim > 1 else ()
+    for pytorch, ours in only_kernels + MODULE_NAMES + MODULE_ALIASES:
         module = _rename(module, pytorch, ours)
     parts = module.split(".") if module else []
     for rule in LEAF_NAMES:
-        if rule.pytorch == leaf and rule.one_dimensional in (None, ndim == 1):
+        fits = rule.one_dimensional in (None, ndim == 1) and rule.module in (None, *parts[-1:])
+        if rule.pytorch == leaf and fits:
             return "/".join([rule.collection, *parts, rule.ours])
     return "/".join(["params", *parts, leaf])
 
@@ -340,9 +358,16 @@ def _convert(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             continue
         if path in converted:
             raise CheckpointError(f"two arrays of the file belong to {shown(path)}")
-        is_kernel = path.endswith(("/kernel", "/mask"))
-        converted[path] = convert_layout(array, to="ours") if is_kernel else array
+        converted[path] = _in_our_layout(path, array)
     return converted
+
+
+def _in_our_layout(path: str, array: np.ndarray) -> np.ndarray:
+    if path.endswith(("/kernel", "/mask")):
+        return convert_layout(array, to="ours")
+    # ReActNet's shifts have the axes of the activations, (1, C, 1, 1).
+    is_shift = path.endswith("_shift/bias") and array.ndim == 4 and array.size == array.shape[1]
+    return array.reshape(-1) if is_shift else array
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

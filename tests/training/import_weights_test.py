@@ -479,6 +479,10 @@ NAMES = [
     ("fc.bias", 1, "params/fc/bias"),
     ("fc3.weight", 2, "params/fc3/kernel"),
     ("fc3.bias", 1, "params/fc3/bias"),
+    ("layer1.0.move0.bias", 4, "params/layer1_0/sign_shift/bias"),
+    ("layer1.0.move1.bias", 4, "params/layer1_0/rprelu/input_shift/bias"),
+    ("layer1.0.prelu.weight", 1, "params/layer1_0/rprelu/prelu/slope"),
+    ("layer1.0.move2.bias", 4, "params/layer1_0/rprelu/output_shift/bias"),
 ]
 
 ALIASES = [
@@ -487,6 +491,11 @@ ALIASES = [
     ("layer2.0.shortcut.0.weight", 4, "params/layer2_0/downsample_conv/kernel"),
     ("layer2.0.shortcut.1.weight", 1, "params/layer2_0/downsample_bn/scale"),
     ("layer2.0.shortcut.1.running_mean", 1, "batch_stats/layer2_0/downsample_bn/mean"),
+    ("layer1.0.binary_conv.weight", 4, "params/layer1_0/conv1/kernel"),
+    ("layer1.0.binary_conv.binarize.patterns", 2, "params/layer1_0/conv1/weight_quantizer/codebook"),
+    ("layer2.0.downsample.1.weight", 4, "params/layer2_0/downsample_conv/kernel"),
+    ("layer2.0.downsample.2.weight", 1, "params/layer2_0/downsample_bn/scale"),
+    ("layer2.0.downsample.2.running_var", 1, "batch_stats/layer2_0/downsample_bn/var"),
 ]
 
 
@@ -525,6 +534,17 @@ def test_convolution_kernels_change_their_layout():
     ours = import_weights.convert_layout(array, to="ours")
     assert ours.shape == (4, 5, 3, 2) and ours[3, 1, 2, 0] == array[0, 2, 3, 1]
     np.testing.assert_array_equal(import_weights.convert_layout(ours, to="pytorch"), array)
+
+
+def test_shifts_lose_the_axes_of_the_activations():
+    tree = import_weights.convert_names({"move0.bias": np.arange(3.0).reshape(1, 3, 1, 1)})
+    np.testing.assert_array_equal(tree["params"]["sign_shift"]["bias"], [0.0, 1.0, 2.0])
+
+
+def test_codebooks_keep_their_layout():
+    codebook = random_array(16, 9)
+    tree = import_weights.convert_names({"binary_conv.binarize.patterns": codebook})
+    np.testing.assert_array_equal(tree["params"]["conv1"]["weight_quantizer"]["codebook"], codebook)
 
 
 def test_dense_kernels_change_their_layout():
