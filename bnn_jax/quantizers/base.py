@@ -59,6 +59,10 @@ class Encoded:
         """The quantized kernel."""
         return self.levels[self.indices] * self.scale
 
+    def per_weight(self) -> "Encoded":
+        """The same with an index for every weight, which it is unless its indices stand for several weights each."""
+        return self
+
 
 class WeightQuantizer(nn.Module):
     """Base class of weight quantizers; the base itself is the identity (32-bit weights).

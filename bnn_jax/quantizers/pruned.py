@@ -101,7 +101,7 @@ class Pruned(WeightQuantizer):
         encoded = self.quantizer.encode(latent)
         if encoded is None:
             return None
-        return _with_zero_level(encoded, mask)
+        return _with_zero_level(encoded.per_weight(), mask)
 
 
 def _with_zero_level(encoded: Encoded, mask: jax.Array) -> Encoded:
