@@ -1,0 +1,12 @@
+"""Checks of the SNN golden files, by file name.
+
+The files come from running the published PyTorch code; their README states content and tolerances. Everything that can
+differ between two files of a kind (cases, shapes, widths, classes, states) is read from them.
+"""
+
+from collections.abc import Callable
+
+from tests.golden.comparison import Comparison, GoldenFile
+from tests.golden.snn.networks import NETWORKS
+
+CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = tuple(NETWORKS.items())
