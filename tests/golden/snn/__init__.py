@@ -8,5 +8,9 @@ from collections.abc import Callable
 
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.snn.networks import NETWORKS
+from tests.golden.snn.parts import PARTS
 
-CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = tuple(NETWORKS.items())
+CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
+    *PARTS.items(),
+    *NETWORKS.items(),
+)
