@@ -7,10 +7,12 @@ differ between two files of a kind (cases, shapes, widths, classes, states) is r
 from collections.abc import Callable
 
 from tests.golden.comparison import Comparison, GoldenFile
+from tests.golden.snn.accounting import ACCOUNTING
 from tests.golden.snn.networks import NETWORKS
 from tests.golden.snn.parts import PARTS
 
 CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     *PARTS.items(),
     *NETWORKS.items(),
+    *ACCOUNTING.items(),
 )
