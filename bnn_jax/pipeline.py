@@ -26,7 +26,7 @@ from bnn_jax.assembly import (
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.report import complexity, levels, pictures, plots
-from bnn_jax.stages import Stage, fingerprint
+from bnn_jax.stages import Stage, fingerprint, parse_reference
 from bnn_jax.training import create, metrics
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
@@ -72,8 +72,18 @@ def check(run: Run) -> None:
       UserError: what cannot be built.
     """
     for stage in run.stages:
+        _check_files(stage)
         build_objectives(stage)
         _network_of(run, stage)
+
+
+def _check_files(stage: Stage) -> None:
+    """Looks whether the files exist that a stage starts from; what is in them shows when it reads them."""
+    for field in ("init_from", "teacher"):
+        reference = getattr(stage, field)
+        parsed = None if reference is None else parse_reference(reference)
+        if parsed is not None and parsed.kind == "file" and not Path(parsed.target).exists():
+            raise UserError(f"stage {stage.name}: {field} {reference!r}: no such file or folder")
 
 
 def _network_of(run: Run, stage: Stage) -> tuple[Any, dict[str, Any]]:
