@@ -26,7 +26,7 @@ from bnn_jax.assembly import (
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.report import complexity, levels, pictures, plots
-from bnn_jax.stages import Stage, fingerprint
+from bnn_jax.stages import Stage, fingerprint, parse_reference
 from bnn_jax.training import create, metrics
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
@@ -71,15 +71,36 @@ def check(run: Run) -> None:
     Raises:
       UserError: what cannot be built.
     """
-    image_shape, num_classes = data.describe(run.stages[0].data)
     for stage in run.stages:
+        _check_files(stage)
         build_objectives(stage)
-        network = run.network(stage, num_classes=num_classes)
-        try:
-            create.variable_shapes(network, image_shape)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
-            raise UserError(f"stage {stage.name}: {what}: {error}") from error
+        _network_of(run, stage)
+
+
+def _check_files(stage: Stage) -> None:
+    """Looks whether the files exist that a stage starts from; what is in them shows when it reads them."""
+    for field in ("init_from", "teacher"):
+        reference = getattr(stage, field)
+        parsed = None if reference is None else parse_reference(reference)
+        if parsed is not None and parsed.kind == "file" and not Path(parsed.target).exists():
+            raise UserError(f"stage {stage.name}: {field} {reference!r}: no such file or folder")
+
+
+def _network_of(run: Run, stage: Stage) -> tuple[Any, dict[str, Any]]:
+    """The stage's network and the shapes of its variables.
+
+    Raises:
+      UserError: it cannot be built, or not for images of this size.
+    """
+    image_shape, num_classes = data.describe(stage.data)
+    network = run.network(stage, num_classes=num_classes)
+    try:
+        return network, create.variable_shapes(network, image_shape)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
+        # Nothing is left of a feature map after too many strides, and a mean over it divides by zero.
+        why = "they are too small" if isinstance(error, ZeroDivisionError) else " ".join(str(error).split())
+        raise UserError(f"stage {stage.name}: {what}: {why}") from error
 
 
 def _move_aside(path: Path) -> None:
@@ -205,9 +226,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         run_folder.check_owner(run.folder, run.config, run.stages)
         stage = run.find(name) if name else _last_finished(run)
     # The variables are read before the images: a wrong checkpoint shows at once.
-    image_shape, num_classes = data.describe(stage.data)
-    network = run.network(stage, num_classes=num_classes)
-    shapes = create.variable_shapes(network, image_shape)
+    network, shapes = _network_of(run, stage)
     if checkpoint is not None:
         variables, path = load_checkpoint(checkpoint, shapes), checkpoint
     else:
@@ -228,10 +247,19 @@ def _last_finished(run: Run) -> Stage:
 
 
 def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity:
-    """Costs of a stage's network, layer by layer; None is the last stage."""
+    """Costs of a stage's network, layer by layer; None is the last stage.
+
+    Raises:
+      UserError: no such stage, or its network cannot be built.
+    """
     stage = run.find(stage_name) if stage_name else run.stages[-1]
-    image_shape, num_classes = data.describe(stage.data)
-    return complexity.complexity(run.network(stage, num_classes=num_classes), image_shape)
+    network, _ = _network_of(run, stage)
+    image_shape, _ = data.describe(stage.data)
+    title = f"Stage {stage.name}: {stage.network.name}, images of {'x'.join(map(str, image_shape))}"
+    others = [f"--stage={other.name}" for other in run.stages if other is not stage]
+    if others:
+        title += f"\n(other stages: {', '.join(others)})"
+    return dataclasses.replace(complexity.complexity(network, image_shape), title=title)
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -279,15 +307,15 @@ def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:
 
 def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
     """What pictures of a stage are drawn from; images are read only by the one that asks for them."""
-    image_shape, num_classes = data.describe(stage.data)
+    _, num_classes = data.describe(stage.data)
     terms = build_objectives(stage)
     target = jax.eval_shape(lambda: create.objective_states(terms, num_classes))
     with CheckpointStore(run.checkpoints(stage), read_only=True) as store:
         state = store.restore_items({"objective_state": target})[0]["objective_state"]
 
     def features() -> tuple[np.ndarray, np.ndarray]:
-        network = run.network(stage, num_classes=num_classes)
-        variables = run.load_variables(f"stage:{stage.name}", create.variable_shapes(network, image_shape))
+        network, shapes = _network_of(run, stage)
+        variables = run.load_variables(f"stage:{stage.name}", shapes)
         source = run.load_data(_only_test(stage))
         test = source.test.take(np.arange(min(pictures.MOST_IMAGES, len(source.test))))
         found = features_of(

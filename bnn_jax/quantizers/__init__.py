@@ -4,8 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from bnn_jax.quantizers.approx_sign import ApproxSignAct
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
 from bnn_jax.quantizers.branch_clip import BranchClipAct
+from bnn_jax.quantizers.codebook import CodebookWeight
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
 from bnn_jax.quantizers.lsq import LsqAct, LsqWeight
@@ -19,6 +21,7 @@ WEIGHT: dict[str, type[WeightQuantizer]] = {
     "sign": SignWeight,
     "lsq": LsqWeight,
     "pruned": Pruned,
+    "codebook": CodebookWeight,
 }
 
 ACT: dict[str, type[ActQuantizer]] = {
@@ -28,6 +31,7 @@ ACT: dict[str, type[ActQuantizer]] = {
     "sign": SignAct,
     "lsq": LsqAct,
     "branch_clip": BranchClipAct,
+    "approx_sign": ApproxSignAct,
 }
 
 

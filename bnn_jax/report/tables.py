@@ -26,10 +26,22 @@ def show(table: Table, *, file: TextIO | None = None) -> None:
     Console(file=target, width=None if target.isatty() else WIDTH, highlight=False).print(table)
 
 
-def new_table(title: str, caption: str | None = None) -> Table:
-    """An empty table in the common style."""
+def new_table(title: str, caption: str | None = None, *, gap: int = 2) -> Table:
+    """An empty table in the common style.
+
+    Args:
+      title: above the table.
+      caption: below the table.
+      gap: blanks between columns, at least 1.
+    """
     return Table(
-        title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        # The box's own column of blanks is the rest of the gap.
+        padding=(0, gap - 1, 0, 0),
     )
 
 
@@ -121,19 +133,27 @@ def format_number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def format_si(value: float | None, unit: str = "") -> str:
-    """A count in units of a thousand, a million, ...: '1.07 Mbit', '40.1 M', '640'; '-' for None."""
+def format_si(value: float | None, unit: str = "", *, digits: int = 3) -> str:
+    """A count in units of a thousand, a million, ...: '1.07 Mbit', '40.1 M', '640'; '-' for None.
+
+    Args:
+      value: the count.
+      unit: what is counted.
+      digits: significant digits from a thousand on, at least 3.
+    """
     if value is None:
         return MISSING
     # The next unit from 999.5 on, where three digits would show 1000.
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:
-            return f"{_three_digits(value / factor)} {prefix}{unit}"
+        if value >= (1 - 0.5 * 10**-digits) * factor:
+            return f"{_with_digits(value / factor, digits)} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+def _with_digits(value: float, digits: int) -> str:
+    """A value from 1 to 1000 with this many significant digits."""
+    whole = 3 if value >= 100 - 0.5 * 10 ** (3 - digits) else 2 if value >= 10 - 0.5 * 10 ** (2 - digits) else 1
+    return f"{value:.{digits - whole}f}"
 
 
 def format_duration(seconds: float | None) -> str:
