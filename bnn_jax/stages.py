@@ -51,6 +51,7 @@ class QuantSpec:
       first: weight quantizer of the first layer (it reads the image).
       last: weight quantizer of the classifier.
       shortcut: weight quantizer of the 1x1 shortcut convolutions.
+      searched: activation quantizer of the searched convolutions, whose branch ``QuantContext.choice`` selects.
     """
 
     weight: Spec = IDENTITY
@@ -58,6 +59,7 @@ class QuantSpec:
     first: Spec = IDENTITY
     last: Spec = IDENTITY
     shortcut: Spec = IDENTITY
+    searched: Spec = dataclasses.field(default=IDENTITY, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,8 @@ class ParameterGroup:
 
     Attributes:
       pattern: regular expression, searched in the path ('layer1_0/conv1/kernel').
-      weight_decay: coupled L2 factor (gradient += weight_decay * parameter).
+      weight_decay: coupled L2 factor (gradient += weight_decay * parameter); a tuple gives one for each row of
+        parameters with a leading branch axis.
       learning_rate_scale: factor on the learning rate; 0 freezes the group.
       bounds: smallest and largest value the parameters keep to after every step, or None.
       gradient_knob: name of a knob of the stage that is above 0 on the steps on which these parameters have a gradient;
@@ -103,7 +106,7 @@ class ParameterGroup:
     """
 
     pattern: str
-    weight_decay: float = 0.0
+    weight_decay: float | tuple[float, ...] = 0.0
     learning_rate_scale: float = 1.0
     bounds: tuple[float, float] | None = None
     gradient_knob: str | None = dataclasses.field(default=None, metadata=_LATER)
@@ -122,6 +125,9 @@ class OptimSpec:
       groups: parameter groups; a parameter that no pattern matches is an error.
       drop_last_batch: whether the last, partial batch of an epoch is left out.
       gradient_clip_norm: global L2 norm the gradient is clipped to; None does not clip.
+      unselected_branches: what a step does with the branches of a supernet that it did not choose. 'decay': their
+        gradient is 0, so that weight decay and momentum move them (PyTorch before 2.0, and any version on several
+        GPUs). 'freeze': nothing moves them and their optimiser's clock stands (PyTorch from 2.0 on, on one GPU).
     """
 
     optimizer: Spec
@@ -131,6 +137,7 @@ class OptimSpec:
     groups: tuple[ParameterGroup, ...] = (ParameterGroup(".*"),)
     drop_last_batch: bool = False
     gradient_clip_norm: float | None = None
+    unselected_branches: Literal["decay", "freeze"] = dataclasses.field(default="decay", metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +166,11 @@ class Stage:
       projections: changes made to parameters and state in every training step, between gradient and optimiser.
       teacher_network: network of a teacher that is a file ('file:PATH'), in full precision; None: this stage's own
         network with its quantizers.
+      kind: 'train', or 'search': looks for the best choices of the supernet of ``init_from`` and trains nothing, so
+        that objectives and optim say nothing but the batch size.
+      choice: branches of a supernet: 'uniform' draws them anew in every step, 'search:NAME#I' takes the winner of fold
+        I of a search; None for networks without branches.
+      search: what a stage of kind 'search' does, with the folds of its images.
     """
 
     name: str
@@ -180,6 +192,9 @@ class Stage:
     log_gradient_norms: bool = False
     projections: tuple[Spec, ...] = dataclasses.field(default=(), metadata=_LATER)
     teacher_network: Spec | None = dataclasses.field(default=None, metadata=_LATER)
+    kind: Literal["train", "search"] = dataclasses.field(default="train", metadata=_LATER)
+    choice: str | None = dataclasses.field(default=None, metadata=_LATER)
+    search: Spec | None = dataclasses.field(default=None, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +228,19 @@ def parse_reference(text: str) -> Reference:
     raise ValueError(f"reference {text!r}: accepted are 'stage:NAME', 'stage:NAME@best' and 'file:PATH'")
 
 
+def parse_choice(text: str) -> tuple[str, int]:
+    """Parses 'search:NAME#I', the winner of fold I of the search stage NAME.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    kind, _, target = text.partition(":")
+    name, _, fold = target.partition("#")
+    if kind != "search" or not name or not fold.isdigit():
+        raise ValueError(f"choice {text!r}: accepted are 'uniform' and 'search:NAME#FOLD'")
+    return name, int(fold)
+
+
 def to_json(value: Any) -> Any:
     """Turns a stage, or any part of it, into plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -241,6 +269,8 @@ def fingerprint(stage: Stage, stages: tuple[Stage, ...]) -> str:
         reference = getattr(stage, field)
         if reference and reference.startswith("stage:"):
             content[field] = fingerprint(by_name[parse_reference(reference).target], stages)
+    if stage.choice not in (None, "uniform"):
+        content["choice"] = fingerprint(by_name[parse_choice(stage.choice)[0]], stages)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -40,7 +40,8 @@ def costs_of(total: TotalComplexity) -> Costs:
     return Costs(**{field.name: getattr(total, field.name) for field in dataclasses.fields(Costs)})
 
 
-# ---- every network, as its method quantizes it: ASBQ at 1 bit, IR-Net, SNN at tau 5; the standard ones are not
+# ---- every network, as its method quantizes it: ASBQ at 1 bit, IR-Net, SNN at tau 5, BASQ at 2 bits; the standard ones
+# are not
 
 EXPECTED: dict[str, Costs] = {
     "resnet8": Costs(78_042, 73_728, 0, 159_744, 12_501_632, 11_796_480),
@@ -71,10 +72,16 @@ EXPECTED: dict[str, Costs] = {
     "reactnet34": Costs(21_836_648, 11_714_560, 9_216, 24_505_600, 3_663_761_408, 965_386_240),
     "reactnet18_cifar": Costs(11_193_482, 6_103_040, 4_608, 6_938_944, 555_422_720, 163_708_928),
     "reactnet20": Costs(280_298, 148_480, 5_184, 322_880, 40_813_184, 34_340_864),
+    # Supernets, with the BatchNorms of all seven branches; bit operations are 4 for each MAC of a quantized layer.
+    "basq_mobilenet_v2": Costs(3_853_151, 4_377_792, 0, 64_667_616, 300_774_272, 4 * 288_656_256),
+    "basq_mobilenet_v1": Costs(4_468_163, 6_368_448, 0, 48_833_632, 568_740_352, 2_227_513_344),
+    "basq_mobilenet_v2_cifar": Costs(2_584_961, 4_377_792, 0, 24_085_536, 87_976_448, 348_315_648),
+    "basq_resnet18": Costs(11_666_968, 21_970_944, 0, 26_772_224, 1_794_805_760, 6_705_119_232),
+    "basq_resnet20_cifar": Costs(296_728, 534_528, 0, 1_825_536, 40_551_040, 160_432_128),
 }
 IMAGENET_NETWORKS = (
     *("resnet18", "resnet34", "hardtanh_resnet18", "standard_resnet18", "standard_resnet34", "standard_resnet50"),
-    *("reactnet18", "reactnet34"),
+    *("reactnet18", "reactnet34", "basq_mobilenet_v2", "basq_mobilenet_v1", "basq_resnet18"),
 )
 
 
@@ -89,6 +96,8 @@ def quantizers_of(name: str) -> QuantSpec:
         return QuantSpec()
     if kind.startswith("reactnet"):
         return sub_bit(5)
+    if kind == "basq":
+        return QuantSpec(weight=spec("lsq", bits=2), act=spec("lsq", bits=2), searched=spec("branch_clip", bits=2))
     if kind == "hardtanh":
         binary = spec("sign" if name == "hardtanh_mlp" else "irnet")
         return QuantSpec(weight=binary, act=binary)

@@ -81,11 +81,11 @@ class BranchBatchNorm(nn.Module):
             mean, var, count = batch_moments(x, ctx.mask)
             if not self.is_initializing() and ctx.stream == "quant":
                 for variable, value in ((running_mean, mean), (running_var, unbiased(var, count))):
-                    old = variable.value
+                    old = jnp.asarray(variable.value)
                     variable.value = old.at[row].set(running(old[row], value, self.momentum))
         else:
-            mean, var = running_mean.value[row], running_var.value[row]
-        return normalise(x, mean, var, scale[row], bias[row], epsilon=self.epsilon)
+            mean, var = (jnp.asarray(variable.value)[row] for variable in (running_mean, running_var))
+        return normalise(x, mean, var, jnp.asarray(scale)[row], jnp.asarray(bias)[row], epsilon=self.epsilon)
 
 
 def running(old: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:

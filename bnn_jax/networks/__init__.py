@@ -8,14 +8,15 @@ from typing import Any
 import flax.linen as nn
 
 from bnn_jax.layers.conv import QuantConv, QuantDense, fan_in_uniform
-from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_in_normal, he_fan_out_normal
+from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_in_normal, he_fan_out_normal, uniform_hundredth
 from bnn_jax.networks.blocks import BLOCKS
 from bnn_jax.networks.hard_tanh import HardTanhMlp, HardTanhResNet, HardTanhVgg
 from bnn_jax.networks.reactnet import ReActNet
 from bnn_jax.networks.resnet import CifarResNet, ImageNetResNet
+from bnn_jax.networks.searched import SEARCHED_NETWORKS
 from bnn_jax.networks.standard import StandardResNet, StandardVgg
 from bnn_jax.networks.vgg_small import VggSmall
-from bnn_jax.quantizers import build_act, build_weight
+from bnn_jax.quantizers import ActQuantizer, build_act, build_weight
 from bnn_jax.stages import IDENTITY, QuantSpec, Spec
 
 
@@ -73,12 +74,14 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "reactnet34": _reactnet((6, 8, 12, 6), imagenet_stem=True),
     "reactnet18_cifar": _reactnet((4, 4, 4, 4)),
     "reactnet20": _reactnet((6, 6, 6), widths=(16, 32, 64)),
+    **SEARCHED_NETWORKS,
 }
 
 KERNEL_INITS: dict[str, Callable[..., Any]] = {
     "uniform": fan_in_uniform,
     "he_normal": he_fan_out_normal,
     "he_fan_in_normal": he_fan_in_normal,
+    "uniform_hundredth": uniform_hundredth,
 }
 
 # Initialiser of all convolutions where no option says otherwise, of the networks that were published with one.
@@ -117,14 +120,41 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
         raise ValueError(f"network {spec.name!r}: accepted are {', '.join(NETWORKS)}")
     options = spec.kwargs
     published = CONVOLUTION_INITS.get(spec.name)
-    inner_init = _kernel_init(options, "kernel_init", default=published or "uniform")
-    outer_init = _kernel_init(options, "full_precision_init", default=published or "he_normal")
+    published = (published, published)
+    if spec.name in SEARCHED_NETWORKS:
+        # BASQ's quantized layers start small, its first convolution as PyTorch's do.
+        published = ("uniform_hundredth", "uniform")
+    inner_init = _kernel_init(options, "kernel_init", default=published[0] or "uniform")
+    outer_init = _kernel_init(options, "full_precision_init", default=published[1] or "he_normal")
     if options.get("block", "release") not in BLOCKS:
         raise ValueError(f"block {options['block']!r}: accepted are {', '.join(BLOCKS)}")
+    layers = build_layers(quant, inner_init=inner_init, outer_init=outer_init, compute_dtype=compute_dtype)
+    known = inspect.signature(NETWORKS[spec.name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"network {spec.name!r} has no option {option!r}")
+    return NETWORKS[spec.name](layers=layers, num_classes=num_classes, **options)
+
+
+def build_layers(
+    quant: QuantSpec,
+    *,
+    inner_init: Callable[..., Any] = fan_in_uniform,
+    outer_init: Callable[..., Any] = fan_in_uniform,
+    compute_dtype: str = "float32",
+) -> Layers:
+    """The layer factories of a network.
+
+    Args:
+      quant: quantizers.
+      inner_init: initialiser of the quantized layers' kernels.
+      outer_init: initialiser of the first convolution and the shortcuts where these are not quantized.
+      compute_dtype: 'float32' or 'bfloat16'.
+    """
     act = build_act(quant.act)
     conv = functools.partial(QuantConv, compute_dtype=compute_dtype)
     weight = build_weight(quant.weight)
-    layers = Layers(
+    return Layers(
         conv=functools.partial(conv, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
         first_conv=functools.partial(
             conv,
@@ -135,12 +165,14 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
         dense=functools.partial(QuantDense, weight_quantizer=build_weight(quant.last)),
         inner_dense=functools.partial(QuantDense, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
         act=act,
+        searched_act=functools.partial(_searched_act, quant.searched),
     )
-    known = inspect.signature(NETWORKS[spec.name]).parameters
-    for option in options:
-        if option not in known:
-            raise ValueError(f"network {spec.name!r} has no option {option!r}")
-    return NETWORKS[spec.name](layers=layers, num_classes=num_classes, **options)
+
+
+def _searched_act(searched: Spec, index: int, branches: int) -> Callable[..., ActQuantizer]:
+    if searched == IDENTITY:
+        return build_act(IDENTITY)
+    return functools.partial(build_act(searched), index=index, branches=branches)
 
 
 def _kernel_init(options: dict[str, Any], key: str, *, default: str) -> Callable[..., Any]:
@@ -150,4 +182,4 @@ def _kernel_init(options: dict[str, Any], key: str, *, default: str) -> Callable
     return KERNEL_INITS[name]
 
 
-__all__ = ["NETWORKS", "Layers", "NetworkOutput", "build"]
+__all__ = ["NETWORKS", "Layers", "NetworkOutput", "build", "build_layers"]

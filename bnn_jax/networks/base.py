@@ -37,6 +37,7 @@ class Layers:
       dense: classifier.
       inner_dense: hidden dense layer with weight and activation quantizer.
       act: activation quantizer on its own, for blocks that quantize somewhere else than at a convolution's input.
+      searched_act: activation quantizer with branches: (index, branches) -> factory; 32-bit activations by default.
     """
 
     conv: Callable[..., nn.Module]
@@ -45,10 +46,15 @@ class Layers:
     dense: Callable[..., nn.Module]
     inner_dense: Callable[..., nn.Module]
     act: Callable[..., ActQuantizer]
+    searched_act: Callable[..., Callable[..., ActQuantizer]] = lambda index, branches: ActQuantizer
 
     def conv_without_act(self, *args: Any, **options: Any) -> nn.Module:
         """An inner convolution whose input is taken as it is."""
         return self.conv(*args, act_quantizer=ActQuantizer, **options)
+
+    def searched_conv(self, *args: Any, index: int, branches: int, **options: Any) -> nn.Module:
+        """An inner convolution whose activation quantizer has branches, chosen at ``index`` of ``ctx.choice``."""
+        return self.conv(*args, act_quantizer=self.searched_act(index, branches), **options)
 
     def inner_dense_without_act(self, *args: Any, **options: Any) -> nn.Module:
         """A hidden dense layer whose input is taken as it is."""
@@ -76,6 +82,14 @@ def he_fan_out_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.f
 def he_fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Normal with standard deviation sqrt(2 / fan_in); fan_in is the product of all axes but the last."""
     return nn.initializers.variance_scaling(2.0, "fan_in", "normal")(key, shape, dtype)
+
+
+def uniform_hundredth(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform on +-0.01, whatever the shape.
+
+    Reference: release: HanByulKim/BASQ: mbv2_supernet.py.
+    """
+    return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
 
 
 def xavier_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -1,6 +1,6 @@
 """Accuracy and loss of a network on a split of the data, in evaluation mode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,21 @@ class Evaluator:
       splits: images and labels by name.
       batch_size: images per call; the last, partial batch is filled up and masked, no image is left out.
       devices: placement.
+      choice: int (searched layers,), branches of a supernet; None for networks without.
     """
 
     def __init__(
-        self, network: Any, *, prepare: PrepareEval, splits: dict[str, Split], batch_size: int, devices: Devices
+        self,
+        network: Any,
+        *,
+        prepare: PrepareEval,
+        splits: dict[str, Split],
+        batch_size: int,
+        devices: Devices,
+        choice: Sequence[int] | None = None,
     ):
-        self._step = compile_eval_step(network, prepare, devices)
+        self._step = compile_eval_step(network, prepare, devices, with_choice=choice is not None)
+        self._choice = () if choice is None else (np.asarray(choice, np.int32),)
         self._devices, self._batch_size = devices, batch_size
         self._arrays = {name: devices.replicate((split.images, split.labels)) for name, split in splits.items()}
 
@@ -51,7 +60,7 @@ class Evaluator:
         for indices, mask in zip(*plan, strict=True):
             if should_stop():
                 return None
-            sums.append(self._step(variables, images, labels, indices, mask))
+            sums.append(self._step(variables, images, labels, indices, mask, *self._choice))
         # Batch sums are added in float64 on the host, so that the result does not depend on how many there are.
         totals = {name: float(np.sum([float(row[name]) for row in jax.device_get(sums)])) for name in sums[0]}
         count = totals["count"]

@@ -35,13 +35,14 @@ def _core(optimizer: Spec) -> optax.GradientTransformation:
     raise ValueError(f"optimizer {optimizer.name!r}: accepted are sgd, adam")
 
 
-def _group_chain(optimizer: Spec, group: ParameterGroup, schedule: Schedule) -> optax.GradientTransformation:
+def _group_chain(
+    optimizer: Spec, group: ParameterGroup, schedule: Schedule, *, genes: dict[str, int] | None = None
+) -> optax.GradientTransformation:
+    """Optimiser of a group; ``genes`` are those of its parameters where only the chosen branch of each may move."""
     if group.learning_rate_scale == 0:
         return optax.set_to_zero()
-    direction = (
-        optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity(),
-        _core(optimizer),
-    )
+    core = _core(optimizer)
+    direction = (_decay(group.weight_decay), core if genes is None else _only_chosen(core, genes))
     if group.gradient_knob is not None:
         gated = _only_with_gradient(optax.chain(*direction), group.gradient_knob, without=group.without_gradient)
         direction = (gated,)
@@ -53,6 +54,55 @@ def _group_chain(optimizer: Spec, group: ParameterGroup, schedule: Schedule) -> 
         if group.bounds
         else optax.identity(),
     )
+
+
+def _decay(factor: float | tuple[float, ...]) -> optax.GradientTransformation:
+    """Adds ``factor * parameter`` to the gradient; a tuple has one factor for each row."""
+    if not isinstance(factor, tuple):
+        return optax.add_decayed_weights(factor) if factor else optax.identity()
+
+    def update(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
+        if parameter.ndim == 0 or parameter.shape[0] != len(factor):
+            raise ValueError(f"optimizer groups: {len(factor)} weight decays for a parameter {parameter.shape}")
+        rows = jnp.asarray(factor, jnp.float32).reshape((-1,) + (1,) * (parameter.ndim - 1))
+        return gradient + rows * parameter
+
+    return optax.stateless_with_tree_map(update)
+
+
+def _only_chosen(core: optax.GradientTransformation, genes: dict[str, int]) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimiser for the chosen row of each parameter only; the others, and their clocks, stand still.
+
+    Every row has a state of its own, so a branch that was chosen n times has taken n steps, whatever the others did.
+
+    Args:
+      core: gets a gradient, gives a change.
+      genes: place in ``ctx.choice`` by path of the parameter; its first axis is that of the branches.
+    """
+
+    def rows(tree: Any) -> dict[str, jax.Array]:
+        return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def init(params: Any) -> dict[str, Any]:
+        return {path: jax.vmap(core.init)(leaf) for path, leaf in rows(params).items()}
+
+    def update(updates: Any, state: dict[str, Any], params: Any = None, *, ctx: QuantContext, **_: Any):
+        if ctx.choice is None:
+            raise ValueError("optimizer: unselected_branches='freeze' needs the branches a step has chosen")
+        choice, changes, states = ctx.choice, {}, {}
+        for path, gradient in rows(updates).items():
+            chosen = jnp.arange(gradient.shape[0]) == choice[genes[path]]
+            change, new = jax.vmap(lambda row, old: core.update(row, old))(gradient, state[path])
+            changes[path] = _select(chosen, change, jnp.zeros_like(change))
+            states[path] = jax.tree.map(functools.partial(_select, chosen), new, state[path])
+        return jax.tree_util.tree_map_with_path(lambda path, _: changes[path_of(path)], updates), states
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _select(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new`` in the rows where ``rows`` is True, ``old`` in the others."""
+    return jnp.where(rows.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
 
 
 class GatedState(NamedTuple):
@@ -122,8 +172,23 @@ def group_labels(params: Any, groups: Sequence[ParameterGroup]) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
+def branch_genes(params: Any, branch_patterns: Sequence[str]) -> dict[str, int]:
+    """Place in ``ctx.choice`` by path of each parameter that a branch pattern matches."""
+    return {
+        path_of(path): gene
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        for gene, pattern in enumerate(branch_patterns)
+        if re.search(pattern, path_of(path))
+    }
+
+
 def make_optimizer(
-    spec: OptimSpec, params: Any, *, schedule: Schedule, unused_parameters: Sequence[str] = ()
+    spec: OptimSpec,
+    params: Any,
+    *,
+    schedule: Schedule,
+    unused_parameters: Sequence[str] = (),
+    branch_patterns: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimiser of a stage.
 
@@ -133,6 +198,7 @@ def make_optimizer(
       schedule: learning rate by step.
       unused_parameters: patterns of parameters without gradient by construction; they are left alone, as PyTorch skips
         parameters whose gradient is None: no weight decay moves them.
+      branch_patterns: for each place in ``ctx.choice`` a pattern of the parameters with a leading branch axis.
 
     Returns:
       An optax transformation whose ``update`` takes the context of the step too, as ``ctx``.
@@ -142,10 +208,14 @@ def make_optimizer(
     """
     frozen = tuple(ParameterGroup(pattern, learning_rate_scale=0.0) for pattern in unused_parameters)
     groups = frozen + spec.groups
-    chains: dict[Any, Any] = {
-        str(index): _group_chain(spec.optimizer, group, schedule) for index, group in enumerate(groups)
-    }
-    labels = group_labels(params, groups)
+    genes = branch_genes(params, branch_patterns if spec.unselected_branches == "freeze" else ())
+    chains: dict[Any, Any] = {}
+    for index, group in enumerate(groups):
+        chains[str(index)] = _group_chain(spec.optimizer, group, schedule)
+        chains[f"{index} chosen"] = _group_chain(spec.optimizer, group, schedule, genes=genes)
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, label: f"{label} chosen" if path_of(path) in genes else label, group_labels(params, groups)
+    )
     used = set(jax.tree.leaves(labels))
     chains = {label: chain for label, chain in chains.items() if label in used}
     partition = optax.partition(chains, labels)

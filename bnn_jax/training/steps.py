@@ -21,10 +21,12 @@ from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
 
 # Streams of random numbers inside a step, each folded into the step's key.
-AUGMENTATION, QUANTIZER, REAL_STREAM, PROJECTION = 0, 1, 2, 3
+AUGMENTATION, QUANTIZER, REAL_STREAM, PROJECTION, CHOICE = 0, 1, 2, 3, 4
 
 PrepareTrain = Callable[[jax.Array, jax.Array], jax.Array]
 PrepareEval = Callable[[jax.Array], jax.Array]
+# (random key, step) -> int32 (searched layers,).
+Choose = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
@@ -35,11 +37,14 @@ class Constants:
       images: (M, H, W, C), uint8, the training images.
       labels: (M,), int32.
       teacher: variables of the teacher, or {}.
+      choice: (searched layers,), int32, branches of a supernet that are trained; None where each step chooses anew or
+        there are none.
     """
 
     images: jax.Array
     labels: jax.Array
     teacher: Any
+    choice: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,7 @@ class StepParts:
       teacher: the teacher's Linen module, or None.
       log_gradient_norms: whether the gradient norm of every weighted objective is measured (a pullback for each).
       projections: changes made between gradient and optimiser, in this order.
+      choose: draws the branches of a step, or None.
     """
 
     network: Any
@@ -65,6 +71,12 @@ class StepParts:
     teacher: Any = None
     log_gradient_norms: bool = False
     projections: tuple[Projection, ...] = ()
+    choose: Choose | None = None
+
+
+def uniform_choice(genes: int, branches: int) -> Choose:
+    """Every branch equally likely, in every searched layer on its own."""
+    return lambda key, step: jax.random.randint(key, (genes,), 0, branches, jnp.int32)
 
 
 def needs_teacher(objectives: Sequence[Objective]) -> bool:
@@ -104,10 +116,14 @@ def train_step(
     images = parts.prepare(constants.images[indices], jax.random.fold_in(key, AUGMENTATION))
     batch = Batch(images=images, labels=constants.labels[indices], mask=mask)
     knobs = {name: schedule(state.step) for name, schedule in parts.knobs.items()}
-    ctx = QuantContext(train=True, step=state.step, knobs=knobs, mask=mask)
+    choice = constants.choice
+    if parts.choose is not None:
+        choice = parts.choose(jax.random.fold_in(key, CHOICE), state.step)
+    ctx = QuantContext(train=True, step=state.step, knobs=knobs, choice=choice, mask=mask)
     teacher_logits = None
     if needs_teacher(parts.objectives):
-        teacher_logits = parts.teacher.apply(constants.teacher, images, ctx.replace(train=False)).logits
+        own_ctx = ctx.replace(train=False, choice=None)
+        teacher_logits = parts.teacher.apply(constants.teacher, images, own_ctx).logits
 
     def terms_function(params: Any):
         variables = {**state.variables, "params": params}
@@ -270,15 +286,18 @@ def compile_end_of_epoch(objectives: Sequence[Objective], devices: Devices) -> C
     return jax.jit(end_of_epoch, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)
 
 
-def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices) -> Callable:
+def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False) -> Callable:
     """Jitted function of (variables, images, labels, indices (N,), mask (N,)) -> sums over the valid rows.
+
+    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet.
 
     The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among
     the five largest logits (among all where there are fewer classes).
     """
 
-    def run(variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array, mask: jax.Array):
-        logits = network.apply(variables, prepare(images[indices]), QuantContext(mask=mask)).logits
+    def run(variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array, mask: jax.Array, *choice: Any):
+        ctx = QuantContext(mask=mask, choice=choice[0] if choice else None)
+        logits = network.apply(variables, prepare(images[indices]), ctx).logits
         labels = labels[indices]
         _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (top == labels[:, None]) & mask[:, None]
@@ -291,4 +310,5 @@ def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices) -> C
         }
 
     replicated, rows = devices.replicated, devices.rows
-    return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows), out_shardings=replicated)
+    last = (replicated,) if with_choice else ()
+    return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows, *last), out_shardings=replicated)

@@ -84,6 +84,15 @@ EXPECTED = {
     # Stem 3x3 instead of 7x7, 10 classes.
     "reactnet18_cifar": Expected(11_704_424 - 3 * 40 * 64 - 990 * 513, 10, 32, 512, (16, 10_985_472), 20),
     "reactnet20": Expected(275_114, 10, 32, 64, (18, 267_264), 21),
+    # BASQ specification, section 5, without steps and clip values: weights, stem, classifier, BatchNorms of 7 branches.
+    "basq_mobilenet_v2": Expected(
+        2_188_896 + 864 + 1_281_000 + 299_712 + 56_896, 1000, 224, 1280, (51, 2_188_896), 154
+    ),
+    # By analogy: counted a second time from the rows of the networks, without the library.
+    "basq_mobilenet_v1": Expected(4_452_200, 1000, 224, 1024, (26, 3_184_224), 79),
+    "basq_mobilenet_v2_cifar": Expected(2_559_178, 10, 32, 1280, (51, 2_188_896), 154),
+    "basq_resnet18": Expected(11_663_016, 1000, 224, 512, (16, 10_985_472), 49),
+    "basq_resnet20_cifar": Expected(295_930, 10, 32, 64, (18, 267_264), 55),
 }
 
 PRUNED = spec("pruned")
@@ -162,6 +171,17 @@ SMALL = {
     "post_activation": spec("standard_resnet18", stage_sizes=(2, 1), widths=(4, 8)),
     "bottleneck": spec("standard_resnet50", stage_sizes=(2, 1), widths=(4, 8)),
     "standard_vgg_small": spec("standard_vgg_small", widths=(4, 4, 6, 6, 8, 8)),
+    # Without dropout, as above.
+    "basq_mobilenet": spec(
+        "basq_mobilenet_v2_cifar",
+        rows=((1, 4, 1, 1), (2, 6, 2, 2)),
+        head_width=12,
+        stem_width=4,
+        branches=3,
+        dropout=0.0,
+    ),
+    "basq_resnet": spec("basq_resnet20_cifar", stage_sizes=(2, 1), widths=(4, 8), stem_width=4, branches=3),
+    "basq_resnet_imagenet": spec("basq_resnet18", stage_sizes=(1, 1), widths=(4, 8), stem_width=4, branches=3),
 }
 each_small = pytest.mark.parametrize("kind", SMALL)
 REAL = QuantSpec()

@@ -6,6 +6,7 @@ differ between two files of a kind (cases, shapes, bit widths, geometry, classes
 
 from collections.abc import Callable
 
+from tests.golden.basq.models import check_blocks, check_distillation, check_supernet
 from tests.golden.basq.parts import (
     check_clipped_activation,
     check_conv,
@@ -32,6 +33,9 @@ CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     ("quant_lsq_act", check_lsq_act),
     ("qtconv", check_conv),
     ("flexconn", check_shortcut),
+    ("kd_loss", check_distillation),
+    ("blocks", check_blocks),
+    (r"supernet_tiny_w\da\d", check_supernet),
     ("evolution", check_evolution),
     ("kfold", check_folds),
 )
