@@ -51,6 +51,7 @@ CHAIN_BITS = _range(
     ),
 )
 
+BRANCH_DECAYS = _range("2 or more numbers of 0 or more", lambda values: len(values) > 1 and all(v >= 0 for v in values))
 OBJECTIVE_NAMES = _range(
     "of feature_swap, label_bank, cluster, each once",
     lambda names: len(set(names)) == len(names) and set(names) <= {"feature_swap", "label_bank", "cluster"},
@@ -145,6 +146,36 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "snn.teacher_epochs": Key(int, POSITIVE),
         "snn.teacher_learning_rate": Key(float, POSITIVE),
     },
+    "basq": {
+        "basq.preset": Key(str, ("release", "held_out")),
+        "basq.bits": Key(int, _range("2 to 8", lambda bits: 2 <= bits <= 8)),
+        "basq.branch_decays": Key(tuple, BRANCH_DECAYS, item=float),
+        "basq.epochs": Key(tuple, ALL_POSITIVE, item=int),
+        "basq.learning_rate": Key(float, POSITIVE),
+        "basq.schedule_steps": Key(int, POSITIVE, optional=True),
+        "basq.weight_decay": Key(float, NOT_NEGATIVE),
+        "basq.gradient_clip_norm": Key(float, POSITIVE),
+        "basq.unselected": Key(str, ("decay", "freeze")),
+        "basq.folds": Key(int, _range("2 or more", lambda value: value >= 2)),
+        "basq.fold_kind": Key(str, ("contiguous", "stratified"), optional=True),
+        "basq.fold_batch": Key(int, POSITIVE),
+        "basq.search_on": Key(str, ("test", "validation"), optional=True),
+        "basq.one_random_stream": Key(bool, optional=True),
+        "basq.report_epoch": Key(str, ("best", "last"), optional=True),
+        "basq.population": Key(int, POSITIVE),
+        "basq.mutations": Key(int, NOT_NEGATIVE),
+        "basq.crossovers": Key(int, NOT_NEGATIVE),
+        "basq.parents": Key(int, POSITIVE),
+        "basq.generations": Key(int, NOT_NEGATIVE),
+        "basq.mutation_probability": Key(float, UNIT),
+        "basq.paths_at_once": Key(int, NOT_NEGATIVE),
+        "basq.finetune_epochs": Key(int, POSITIVE),
+        "basq.finetune_learning_rate": Key(float, POSITIVE),
+        "basq.teacher": Key(str, TEACHER),
+        "basq.teacher_network": Key(str),
+        "basq.teacher_epochs": Key(int, POSITIVE),
+        "basq.teacher_learning_rate": Key(float, POSITIVE),
+    },
 }
 
 # Keys that say where or how a run is done, not what it computes: they may change between a run and its continuation.
@@ -154,6 +185,7 @@ LOCATION_KEYS = frozenset(
         "train.eval_batch_size",
         "train.steps_per_dispatch",
         "train.checkpoint_seconds",
+        "basq.paths_at_once",
     }
 )
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnn_jax.methods import asbq, skd, snn
+from bnn_jax.methods import asbq, basq, skd, snn
 from bnn_jax.methods.common import add_extra_objectives
 from bnn_jax.stages import Stage
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {
     "asbq": asbq.stages,
+    "basq": basq.stages,
     "skd": skd.stages,
     "snn": snn.stages,
 }

@@ -89,6 +89,22 @@ def cosine_by_epoch_values(*, initial: float, final: float = 0.0, warmup_epochs:
     return rising + falling[len(rising) :]
 
 
+def cosine_by_step(*, initial: float, steps: int | None = None, steps_per_epoch: int, epochs: int) -> Schedule:
+    """``initial / 2 * (1 + cos(pi * step / T))``: from ``initial`` to 0 at step T, and up again behind it.
+
+    Args:
+      initial: value at step 0.
+      steps: T; None takes the length of the stage.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: length of the stage.
+
+    Reference: PyTorch's CosineAnnealingLR, advanced every step; release: HanByulKim/BASQ: 01train_supernet.py, which
+      trains a little past T.
+    """
+    period = steps or steps_per_epoch * epochs
+    return lambda step: initial * 0.5 * (1 + jnp.cos(jnp.pi * (step / period)))
+
+
 def linear_by_epoch(*, initial: float, steps_per_epoch: int, epochs: int) -> Schedule:
     """``initial * (1 - (e+1)/E)`` in epoch e of E: constant within an epoch, and 0 in the last one.
 
@@ -147,6 +163,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "piecewise": piecewise,
     "cosine": cosine,
     "cosine_by_epoch": cosine_by_epoch,
+    "cosine_by_step": cosine_by_step,
     "linear_by_epoch": linear_by_epoch,
     "every": every,
     "error_decay_t": error_decay_t,

@@ -16,6 +16,7 @@ from tests.golden.basq.parts import (
     check_shortcut,
 )
 from tests.golden.basq.searching import check_evolution, check_folds
+from tests.golden.basq.training import check_finetuning, check_first_steps, check_schedules, check_trajectory
 from tests.golden.comparison import Comparison, GoldenFile
 
 
@@ -36,6 +37,10 @@ CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     ("kd_loss", check_distillation),
     ("blocks", check_blocks),
     (r"supernet_tiny_w\da\d", check_supernet),
+    ("schedules", check_schedules),
+    ("act_lsq_init", check_first_steps),
+    (r"traj_phase[12]_(zeros|none)", check_trajectory),
+    ("finetune_traj", check_finetuning),
     ("evolution", check_evolution),
     ("kfold", check_folds),
 )

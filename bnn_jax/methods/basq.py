@@ -1,0 +1,222 @@
+"""BASQ: a supernet with seven clip values per searched layer, evolution on each of ten folds, fine-tuning per winner.
+
+  [teacher]               full precision, unless it is a file
+  supernet_activations    activations quantized, weights real; every step trains one random path
+  supernet                both quantized; a new optimiser, weight steps made anew
+  search                  evolution on every fold: the path with the highest top-1 in it, by the supernet as it is
+  finetune_<i>            the winner of fold i: BatchNorm's running statistics, biases and clip values; all else frozen
+
+The training of the supernet needs no labels: its loss is the cross-entropy with the teacher's probabilities.
+
+  release   folds are the tenths of the test images sorted by class, one random stream runs through the folds, and the
+            accuracy of a winner on the images outside of its fold is the best of those before and after each epoch of
+            fine-tuning, so that images choose what is reported on them
+  held_out  folds hold every class alike and come from images held out from training, the last epoch counts, and the
+            test images are seen once, at the end
+
+Reference: Kim, Park, Yoo 2022 (ECCV, LNCS 13672, 17-33); release: HanByulKim/BASQ (MobileNet-v2, 2 bits). Networks other
+  than MobileNet-v2, CIFAR and other bit widths are by analogy (bnn_jax/networks/searched.py).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from bnn_jax.errors import UserError
+from bnn_jax.methods.common import data_spec, sgd_spec
+from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "release": {"fold_kind": "contiguous", "search_on": "test", "one_random_stream": True, "report_epoch": "best"},
+    "held_out": {
+        "fold_kind": "stratified",
+        "search_on": "validation",
+        "one_random_stream": False,
+        "report_epoch": "last",
+    },
+}
+
+TEACHER, FIRST, SECOND, SEARCH = "teacher", "supernet_activations", "supernet", "search"
+
+STEPS_OF_WEIGHTS = "/weight_quantizer/step$"
+
+
+def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Teacher (unless it is a file), both phases of the supernet, the search, a fine-tuning for every fold.
+
+    Args:
+      config: validated config with the section ``basq``.
+
+    Raises:
+      UserError: a network without branches, or values that do not fit each other.
+    """
+    basq, switches = config["basq"], resolve(config)
+    _check(config, switches)
+    first = _supernet(config, FIRST, epochs=basq["epochs"][0])
+    second = _supernet(config, SECOND, epochs=basq["epochs"][-1])
+    search = dataclasses.replace(
+        second,
+        name=SEARCH,
+        kind="search",
+        init_from=f"stage:{SECOND}@last",
+        may_be_new=(),
+        recompute=(),
+        objectives=(),
+        teacher=None,
+        teacher_network=None,
+        choice=None,
+        search=search_spec(config, switches),
+        seed=config["seed"] + 3000,
+    )
+    tuned = [_finetune(config, search, fold) for fold in range(basq["folds"])]
+    teacher = (teacher_stage(config),) if basq["teacher"] == "stage" else ()
+    return (*teacher, first, second, search, *tuned)
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The switches of the run: the preset's values, replaced by those given explicitly."""
+    basq = config["basq"]
+    return {key: value if basq[key] is None else basq[key] for key, value in PRESETS[basq["preset"]].items()}
+
+
+def _check(config: Mapping[str, Any], switches: Mapping[str, Any]) -> None:
+    basq = config["basq"]
+    if not config["network"].startswith("basq_"):
+        raise UserError(f"config.network={config['network']!r}: accepted with BASQ are the networks 'basq_...'")
+    if len(basq["epochs"]) not in (1, 2):
+        raise UserError(f"config.basq.epochs={basq['epochs']!r}: accepted is one value, or one for each of 2 phases")
+    if basq["mutations"] + basq["crossovers"] > basq["population"]:
+        raise UserError(
+            f"config.basq.population={basq['population']!r}: mutations={basq['mutations']!r} and "
+            f"crossovers={basq['crossovers']!r} are more"
+        )
+    if switches["search_on"] == "validation" and config["data"]["validation_fraction"] == 0:
+        raise UserError(
+            "config.data.validation_fraction=0.0: config.basq.search_on='validation' needs images held out from training"
+        )
+
+
+def teacher_stage(config: Mapping[str, Any]) -> Stage:
+    """The full-precision network, trained on the labels by stochastic gradient descent as ``config.train`` says."""
+    basq = config["basq"]
+    rate = spec("cosine", initial=basq["teacher_learning_rate"])
+    return Stage(
+        name=TEACHER,
+        network=spec(basq["teacher_network"]),
+        quant=QuantSpec(),
+        data=data_spec(config),
+        objectives=(spec("cross_entropy", weight=1.0),),
+        optim=sgd_spec(config, learning_rate=rate, epochs=basq["teacher_epochs"]),
+        seed=config["seed"],
+        init_seed=config["seed"],
+        compute_dtype=config["train"]["compute_dtype"],
+    )
+
+
+def quant_spec(bits: int, *, quantize_weights: bool) -> QuantSpec:
+    """Learned steps for weights and for the inputs of 1x1 convolutions, branches for those of the searched ones."""
+    weight = {"weight": spec("lsq", bits=bits)} if quantize_weights else {}
+    return QuantSpec(**weight, act=spec("lsq", bits=bits), searched=spec("branch_clip", bits=bits))
+
+
+def network_spec(config: Mapping[str, Any]) -> Spec:
+    """The supernet: a branch for each weight decay."""
+    return spec(config["network"], branches=len(config["basq"]["branch_decays"]))
+
+
+def _supernet(config: Mapping[str, Any], name: str, *, epochs: int) -> Stage:
+    basq, second = config["basq"], name == SECOND
+    stored = basq["teacher"] == "stage"
+    return Stage(
+        name=name,
+        network=network_spec(config),
+        quant=quant_spec(basq["bits"], quantize_weights=second),
+        data=data_spec(config),
+        objectives=(spec("distillation", weight=1.0, temperature=1.0, measure="cross_entropy"),),
+        optim=supernet_optim(config, epochs=epochs),
+        init_from=f"stage:{FIRST}@last" if second else None,
+        transfer=("params", "batch_stats", "quant_state"),
+        # The second phase starts from what the first has trained, with steps for the weights as they are by then.
+        may_be_new=(STEPS_OF_WEIGHTS,) if second else (),
+        recompute=(STEPS_OF_WEIGHTS,) if second else (),
+        teacher=f"stage:{TEACHER}@last" if stored else basq["teacher"],
+        teacher_network=None if stored else spec(basq["teacher_network"]),
+        choice="uniform",
+        seed=config["seed"] + (2000 if second else 1000),
+        init_seed=config["seed"],
+        bits=float(basq["bits"]) if second else 32.0,
+        compute_dtype=config["train"]["compute_dtype"],
+    )
+
+
+def supernet_optim(config: Mapping[str, Any], *, epochs: int) -> OptimSpec:
+    """Adam with the L2 term in its gradient, a cosine over the steps, a clipped gradient."""
+    basq = config["basq"]
+    period = {} if basq["schedule_steps"] is None else {"steps": basq["schedule_steps"]}
+    return OptimSpec(
+        optimizer=spec("adam"),
+        learning_rate=spec("cosine_by_step", initial=basq["learning_rate"], **period),
+        epochs=epochs,
+        batch_size=config["train"]["batch_size"],
+        groups=supernet_groups(basq["branch_decays"], weight_decay=basq["weight_decay"]),
+        drop_last_batch=config["train"]["drop_last_batch"],
+        gradient_clip_norm=basq["gradient_clip_norm"],
+        unselected_branches=basq["unselected"],
+    )
+
+
+def supernet_groups(branch_decays: tuple[float, ...], *, weight_decay: float) -> tuple[ParameterGroup, ...]:
+    """Kernels of convolutions are decayed alike, every clip value by its branch's factor, nothing else."""
+    return (
+        ParameterGroup(r"conv/kernel$", weight_decay=weight_decay),
+        ParameterGroup(r"/upper_bound$", weight_decay=branch_decays),
+        ParameterGroup(".*"),
+    )
+
+
+def finetune_groups(branch_decays: tuple[float, ...]) -> tuple[ParameterGroup, ...]:
+    """Biases (of BatchNorms and of the classifier) and clip values; all else is frozen."""
+    return (
+        ParameterGroup(r"/bias$"),
+        ParameterGroup(r"/upper_bound$", weight_decay=branch_decays),
+        ParameterGroup(".*", learning_rate_scale=0.0),
+    )
+
+
+def search_spec(config: Mapping[str, Any], switches: Mapping[str, Any]) -> Spec:
+    """Folds and evolution."""
+    basq = config["basq"]
+    names = ("folds", "population", "mutations", "crossovers", "parents", "generations", "mutation_probability")
+    return spec(
+        "evolution",
+        **{name: basq[name] for name in names},
+        fold_kind=switches["fold_kind"],
+        fold_batch=basq["fold_batch"],
+        search_on=switches["search_on"],
+        one_random_stream=switches["one_random_stream"],
+        report_epoch=switches["report_epoch"],
+        seed=config["seed"],
+    )
+
+
+def _finetune(config: Mapping[str, Any], search: Stage, fold: int) -> Stage:
+    basq = config["basq"]
+    optim = dataclasses.replace(
+        search.optim,
+        optimizer=spec("sgd", momentum=0.9, nesterov=True),
+        learning_rate=spec("cosine_by_epoch", initial=basq["finetune_learning_rate"]),
+        epochs=basq["finetune_epochs"],
+        groups=finetune_groups(basq["branch_decays"]),
+        # One path is trained: the others have no gradient on any step.
+        unselected_branches="freeze",
+    )
+    return dataclasses.replace(
+        search,
+        name=f"finetune_{fold}",
+        kind="train",
+        objectives=(spec("cross_entropy", weight=1.0),),
+        optim=optim,
+        choice=f"search:{SEARCH}#{fold}",
+        search=None,
+        seed=config["seed"] + 4000 + fold,
+    )
