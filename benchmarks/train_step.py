@@ -108,7 +108,7 @@ class LoopSide:
             schedule=self.assembly.schedule,
             source=self.assembly.source,
             teacher={},
-            evaluator=make_evaluator(run, self.assembly.network, self.assembly.source, devices),
+            evaluator=make_evaluator(run, self.assembly.stage, self.assembly.network, self.assembly.source, devices),
             store=CheckpointStore(folder / "checkpoints"),
             metrics_path=folder / "metrics.jsonl",
             options=LoopOptions(checkpoint_seconds=1e9),

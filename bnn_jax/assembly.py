@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from bnn_jax import data, methods, networks, objectives, run_folder
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ResidentSource, index_plan
+from bnn_jax.data.base import ResidentSource, Split, index_plan
+from bnn_jax.data.folds import Folds, make_folds
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.objectives import Objective
-from bnn_jax.stages import QuantSpec, Stage, parse_reference
+from bnn_jax.stages import QuantSpec, Stage, parse_choice, parse_reference
 from bnn_jax.training import create, projections, schedules
 from bnn_jax.training.checkpoint import CheckpointStore, describe
 from bnn_jax.training.devices import Devices
@@ -24,7 +25,7 @@ from bnn_jax.training.loop import steps_per_epoch
 from bnn_jax.training.optim import make_optimizer
 from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import StepParts, needs_teacher
+from bnn_jax.training.steps import StepParts, needs_teacher, uniform_choice
 
 
 class Run:
@@ -88,12 +89,64 @@ class Run:
         with CheckpointStore(self.checkpoints(self.find(parsed.target)), read_only=True) as store:
             return store.restore_variables(target, which=parsed.which)[0]
 
+    def fold_result(self, choice: str) -> dict[str, Any]:
+        """What a search found on the fold that a choice names.
+
+        Raises:
+          CheckpointError: that fold was not searched.
+        """
+        name, fold = parse_choice(choice)
+        path = self.stage_folder(self.find(name)) / fold_path(fold)
+        result = run_folder.read_json(path)
+        if result is None:
+            raise CheckpointError(f"{path} is missing; train stage {name} first")
+        return result
+
+    def evaluated_choice(self, stage: Stage, network: Any) -> tuple[int, ...] | None:
+        """Branches a stage's network is evaluated with: the winner, or the middle ones of a supernet; None without."""
+        if getattr(network, "branches", 1) == 1:
+            return None
+        if stage.choice in (None, "uniform"):
+            return (network.branches // 2,) * len(network.branch_patterns)
+        return tuple(self.fold_result(stage.choice)["path"])
+
     def referenced(self, reference: str, *, source: ResidentSource, default: Stage) -> tuple[Any, dict[str, Any]]:
         """Network and variables a reference points to; a file holds variables of ``default``'s network."""
         parsed = parse_reference(reference)
         stage = self.find(parsed.target) if parsed.kind == "stage" else default
         network = self.network(stage, num_classes=source.num_classes)
         return network, self.load_variables(reference, create.variable_shapes(network, source.image_shape))
+
+
+def fold_path(fold: int) -> str:
+    """Name of the file with a fold's result, in the folder of the search."""
+    return f"fold_{fold:02d}.json"
+
+
+def searched_split(search: Stage, source: ResidentSource) -> Split:
+    """The images a search looks at.
+
+    Raises:
+      UserError: they are to be held out from training, and none are.
+    """
+    assert search.search is not None
+    if search.search.kwargs["search_on"] == "test":
+        return source.test
+    if source.validation is None:
+        raise UserError(f"stage {search.name}: no images are held out; config.data.validation_fraction says how many")
+    return source.validation
+
+
+def folds_of(search: Stage, source: ResidentSource) -> Folds:
+    """The folds of a search's images."""
+    assert search.search is not None
+    options = search.search.kwargs
+    return make_folds(
+        searched_split(search, source).labels,
+        kind=options["fold_kind"],
+        count=options["folds"],
+        batch_size=options["fold_batch"],
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -177,7 +230,11 @@ def assemble(run: Run, stage: Stage, source: ResidentSource) -> Assembly:
         network=network,
         objectives=terms,
         optimizer=make_optimizer(
-            stage.optim, shapes["params"], schedule=schedule, unused_parameters=network.unused_parameters
+            stage.optim,
+            shapes["params"],
+            schedule=schedule,
+            unused_parameters=network.unused_parameters,
+            branch_patterns=getattr(network, "branch_patterns", ()),
         ),
         prepare=functools.partial(
             prepare_train,
@@ -191,6 +248,7 @@ def assemble(run: Run, stage: Stage, source: ResidentSource) -> Assembly:
         teacher=_teacher_network(run, stage, source) if needs_teacher(terms) else None,
         log_gradient_norms=stage.log_gradient_norms,
         projections=tuple(projections.build(projection) for projection in stage.projections),
+        choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,
     )
     return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
 
@@ -236,15 +294,23 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
 
 
-def make_evaluator(run: Run, network: Any, source: ResidentSource, devices: Devices) -> Evaluator:
-    """Evaluates on 'test' and, where the source has one, on 'validation'."""
+def make_evaluator(
+    run: Run, stage: Stage, network: Any, source: ResidentSource, devices: Devices, *, only_test: bool = False
+) -> Evaluator:
+    """Evaluates on 'test', where the source has one on 'validation', and a fold's winner on 'others', outside of it."""
     splits = {"test": source.test}
-    if source.validation is not None:
+    if source.validation is not None and not only_test:
         splits["validation"] = source.validation
+    if stage.choice not in (None, "uniform") and not only_test:
+        name, fold = parse_choice(stage.choice)
+        search = run.find(name)
+        split = searched_split(search, source)
+        splits["others"] = split.take(folds_of(search, source).others(fold))
     return Evaluator(
         network,
         prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
         splits=splits,
         batch_size=run.config["train"]["eval_batch_size"],
         devices=devices,
+        choice=run.evaluated_choice(stage, network),
     )

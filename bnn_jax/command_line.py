@@ -164,6 +164,7 @@ def run(values: Any) -> None:
         tables.show(tables.stages_table(job.stages), file=sys.stderr)
         result = {"stages": pipeline.train(job, from_stage=values.stage, fresh=values.fresh)}
         tables.show(tables.results_table(result["stages"]))
+        _show_winners(pipeline.winners(job), result)
     elif values.mode == "evaluate":
         checkpoint = Path(values.checkpoint) if values.checkpoint else None
         result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
@@ -179,7 +180,18 @@ def run(values: Any) -> None:
     else:
         result = pipeline.report(job)
         tables.show(tables.results_table(result["stages"]))
+        _show_winners(pipeline.winners(job), result)
         for path in result["pictures"]:
             print(f"picture: {path}")
     if values.json:
         print(json.dumps(result), flush=True)
+
+
+def _show_winners(winners: dict[str, Any] | None, result: dict[str, Any]) -> None:
+    """Prints the winners of a search, if there are any, and adds them to the JSON result."""
+    if winners is None:
+        return
+    from bnn_jax.report import tables
+
+    tables.show(tables.winners_table(winners))
+    result["winners"] = winners

@@ -230,7 +230,8 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in flat:
             raise UserError(f"config.{key} is missing; see configs/common.py")
     values = {key: _check(key, flat[key], schema[key]) for key in schema}
-    for key, table in (("network", NETWORKS), ("snn.teacher_network", NETWORKS), ("data.name", SOURCES)):
+    networks = dict.fromkeys(("network", "snn.teacher_network", "basq.teacher_network"), NETWORKS)
+    for key, table in {**networks, "data.name": SOURCES}.items():
         if key in values and values[key] not in table:
             raise UserError(f"config.{key}={values[key]!r}: accepted are {', '.join(table)}")
     return _unflatten(values)

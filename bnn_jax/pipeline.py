@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnn_jax import data, run_folder
+from bnn_jax import data, run_folder, search_stage
 from bnn_jax.assembly import (
     Assembly,
     Run,
@@ -26,7 +26,7 @@ from bnn_jax.assembly import (
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.report import complexity, levels, pictures, plots
-from bnn_jax.stages import Stage, fingerprint, parse_reference
+from bnn_jax.stages import Stage, fingerprint, parse_choice, parse_reference
 from bnn_jax.training import create, metrics
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
@@ -71,10 +71,15 @@ def check(run: Run) -> None:
     Raises:
       UserError: what cannot be built.
     """
+    built = set()
     for stage in run.stages:
         _check_files(stage)
         build_objectives(stage)
-        _network_of(run, stage)
+        # Tracing a large network takes seconds, and many stages may share one.
+        key = (stage.network, stage.quant, data.describe(stage.data), stage.compute_dtype)
+        if key not in built:
+            _network_of(run, stage)
+        built.add(key)
 
 
 def _check_files(stage: Stage) -> None:
@@ -115,23 +120,34 @@ def _finished_result(run: Run, stage: Stage) -> dict[str, Any] | None:
     if result is not None:
         if result["stage_fingerprint"] != fingerprint(stage, run.stages):
             raise UserError(f"{folder} holds a result of another config; --stage={stage.name} trains it again")
-        say(f"stage {stage.name}: finished before, last top-1 {result['last_top1']:.2f} %")
+        accuracy = f", last top-1 {result['last_top1']:.2f} %" if "last_top1" in result else ""
+        say(f"stage {stage.name}: finished before{accuracy}")
     return result
 
 
 def _train_stage(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     if stop:
         raise Interrupted(f"stopped before stage {stage.name}; the same command goes on from there", stop.signal_number)
-    folder = run.stage_folder(stage)
+    started, folder = time.monotonic(), run.stage_folder(stage)
+    if stage.kind == "search":
+        return _save_result(run, stage, search_stage.search(run, stage, stop), stop, started)
     assembly = assemble(run, stage, run.load_data(stage))
     # Only now: a run whose images cannot be read leaves nothing that a corrected config would have to respect.
     folder.mkdir(exist_ok=True)
-    started = time.monotonic()
     with CheckpointStore(folder / run_folder.CHECKPOINTS) as store:
         state = _fit(run, assembly, store, stop)
         result = _result(run, assembly, state)
+    return _save_result(run, stage, result, stop, started)
+
+
+def _save_result(run: Run, stage: Stage, result: dict[str, Any], stop: StopRequest, started: float) -> dict[str, Any]:
+    """Writes ``result.json`` of a stage that began at ``started``.
+
+    Raises:
+      Interrupted: asked to stop, with stages left.
+    """
     result["process_seconds"] = round(time.monotonic() - started, 1)
-    run_folder.write_json(folder / run_folder.RESULT, result)
+    run_folder.write_json(run.stage_folder(stage) / run_folder.RESULT, result)
     if stop and stage is not run.stages[-1]:
         raise Interrupted(f"stage {stage.name} is finished; the same command goes on with the rest", stop.signal_number)
     return result
@@ -153,7 +169,7 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
         schedule=assembly.schedule,
         source=assembly.source,
         teacher=teacher_variables(run, assembly),
-        evaluator=make_evaluator(run, assembly.network, assembly.source, devices),
+        evaluator=make_evaluator(run, stage, assembly.network, assembly.source, devices),
         store=store,
         metrics_path=run.stage_folder(stage) / run_folder.METRICS,
         options=LoopOptions(
@@ -161,6 +177,7 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
             checkpoint_seconds=train_config["checkpoint_seconds"],
         ),
         devices=devices,
+        choice=run.evaluated_choice(stage, assembly.network) if _is_winner(stage) else None,
     )
     return loop.fit(state, stop, meta=meta)
 
@@ -172,7 +189,9 @@ def _result(run: Run, assembly: Assembly, state: TrainState) -> dict[str, Any]:
     selection = "validation" if source.validation is not None else "test"
     best = max(records, key=lambda record: (record[f"{selection}_top1"], -record["epoch"]))
     last = records[-1]
-    costs = complexity.complexity(assembly.network, source.image_shape)
+    # What is left of a supernet when its winner is known has one branch.
+    network = assembly.network.clone(branches=1) if _is_winner(stage) else assembly.network
+    costs = complexity.complexity(network, source.image_shape)
     in_use = levels.levels_in_use(assembly.network, jax.device_get(state.variables), source.image_shape)
     device = jax.devices()[0]
     return {
@@ -199,8 +218,36 @@ def _result(run: Run, assembly: Assembly, state: TrainState) -> dict[str, Any]:
         "data_fingerprint": source.fingerprint,
         "stage_fingerprint": fingerprint(stage, run.stages),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        **(_winner(run, stage, records) if _is_winner(stage) else {}),
         **run_folder.provenance(),
     }
+
+
+def _is_winner(stage: Stage) -> bool:
+    """Whether a stage trains one path of a supernet, that of a search's winner."""
+    return stage.choice not in (None, "uniform")
+
+
+def _winner(run: Run, stage: Stage, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the result of a fine-tuned winner says besides: its path, and its accuracies in and outside of its fold."""
+    assert stage.choice is not None
+    found = run.fold_result(stage.choice)
+    options = run.find(parse_choice(stage.choice)[0]).search.kwargs  # type: ignore[union-attr]
+    outside = [record["others_top1"] for record in records]
+    best = options["report_epoch"] == "best"
+    return {
+        **{name: found[name] for name in ("fold", "path", "fold_top1", "full_top1")},
+        "folds": options["folds"],
+        "search_on": options["search_on"],
+        # As released: of the values before fine-tuning and after each of its epochs.
+        "tuned_top1": max(found["full_top1"], *outside) if best else outside[-1],
+    }
+
+
+def winners(run: Run) -> dict[str, Any] | None:
+    """What came of the folds of a search, as far as they are fine-tuned; None where there is none."""
+    results = (run_folder.read_result(run.stage_folder(stage)) for stage in run.stages)
+    return search_stage.winners([result for result in results if result is not None])
 
 
 def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -225,6 +272,10 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
     else:
         run_folder.check_owner(run.folder, run.config, run.stages)
         stage = run.find(name) if name else _last_finished(run)
+    if stage.kind == "search":
+        raise UserError(
+            f"--stage={stage.name}: it searches and trains nothing to evaluate; its results are in --mode=report"
+        )
     # The variables are read before the images: a wrong checkpoint shows at once.
     network, shapes = _network_of(run, stage)
     if checkpoint is not None:
@@ -233,7 +284,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         variables = run.load_variables(f"stage:{stage.name}@{which or 'last'}", shapes)
         path = run.checkpoints(stage)
     devices = all_devices()
-    evaluator = make_evaluator(run, network, run.load_data(_only_test(stage)), devices)
+    evaluator = make_evaluator(run, stage, network, run.load_data(_only_test(stage)), devices, only_test=True)
     result = evaluator(devices.replicate(variables), "test")
     assert result is not None  # only asked to stop could it be
     return {**result, "stage": stage.name, "checkpoint": str(path)}
@@ -241,7 +292,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
 
 def _last_finished(run: Run) -> Stage:
     for stage in reversed(run.stages):
-        if run_folder.read_result(run.stage_folder(stage)) is not None:
+        if stage.kind == "train" and run_folder.read_result(run.stage_folder(stage)) is not None:
             return stage
     raise UserError(f"{run.folder}: no finished stage to evaluate; train first, or give --checkpoint")
 
@@ -254,6 +305,8 @@ def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity
     """
     stage = run.find(stage_name) if stage_name else run.stages[-1]
     network, _ = _network_of(run, stage)
+    if _is_winner(stage):
+        network = network.clone(branches=1)
     image_shape, _ = data.describe(stage.data)
     title = f"Stage {stage.name}: {stage.network.name}, images of {'x'.join(map(str, image_shape))}"
     others = [f"--stage={other.name}" for other in run.stages if other is not stage]
@@ -281,11 +334,12 @@ def report(run: Run) -> dict[str, Any]:
         result = run_folder.read_result(run.stage_folder(stage))
         if result is not None:
             results.append(result)
+        if result is not None and stage.kind == "train":
             records[stage.name] = metrics.read(run.stage_folder(stage) / run_folder.METRICS)
     if not results:
         raise UserError(f"{run.folder}: no finished stage to report; train first")
     chain = run.folder / "chain.png"
-    plots.plot_chain(results, records, chain)
+    plots.plot_chain([result for result in results if result["stage"] in records], records, chain)
     others = _draw_offered(run, [stage for stage in run.stages if stage.name in records])
     return {"stages": results, "picture": str(chain), "pictures": [str(path) for path in (chain, *others)]}
 

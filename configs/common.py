@@ -108,6 +108,40 @@ def snn() -> ml_collections.ConfigDict:
     return section
 
 
+def basq() -> ml_collections.ConfigDict:
+    """The section of BASQ: supernet in two phases, search on folds, fine-tuning; empty switches are the preset's."""
+    section = ml_collections.ConfigDict()
+    section.preset = "release"  # 'release' | 'held_out', see bnn_jax/methods/basq.py
+    section.bits = 2  # of weights and activations; 2-bit weights are ternary
+    section.branch_decays = (1e-2, 5e-3, 1e-3, 5e-4, 1e-4, 5e-5, 1e-5)  # L2 of the clip values, one per branch
+    section.epochs = (280,)  # per phase of the supernet, or one for both
+    section.learning_rate = 3.75e-4  # of Adam at the start, falling to 0 by a cosine over the steps
+    section.schedule_steps = config_dict.placeholder(int)  # steps of the cosine; None: those of the phase
+    section.weight_decay = 5e-6  # L2 of the convolutions
+    section.gradient_clip_norm = 10.0
+    section.unselected = "decay"  # branches a step has not chosen: 'decay' (gradient 0) | 'freeze' (left alone)
+    section.folds = 10
+    section.fold_kind = config_dict.placeholder(str)  # 'contiguous' (by class) | 'stratified'
+    section.fold_batch = 200  # images in a batch of contiguous folds
+    section.search_on = config_dict.placeholder(str)  # 'test' | 'validation' (held out from training)
+    section.one_random_stream = config_dict.placeholder(bool)  # through all folds; else each fold has a seed
+    section.report_epoch = config_dict.placeholder(str)  # of the fine-tuning: 'best' | 'last'
+    section.population = 45  # paths in a generation
+    section.mutations = 15  # of them
+    section.crossovers = 15  # of them
+    section.parents = 10  # best paths so far
+    section.generations = 20  # after the first, random one
+    section.mutation_probability = 0.1  # of each gene
+    section.paths_at_once = 0  # evaluated side by side; 0: chosen by the device
+    section.finetune_epochs = 3
+    section.finetune_learning_rate = 7.5e-6
+    section.teacher = "stage"  # 'stage': trained first | 'file:PATH', a checkpoint of teacher_network
+    section.teacher_network = "standard_resnet18_cifar"  # key in bnn_jax.networks.NETWORKS
+    section.teacher_epochs = 200  # config.train has its momentum and weight decay
+    section.teacher_learning_rate = 0.1  # at the start, falling to 0 by a cosine
+    return section
+
+
 def smoke(config: ml_collections.ConfigDict, *, image_size: int, num_classes: int) -> ml_collections.ConfigDict:
     """Two steps per epoch on generated images of the real size: shows that a config runs, needs no data set."""
     config.name = f"{config.name}_smoke"
@@ -144,4 +178,27 @@ def snn_variant(config: ml_collections.ConfigDict, argument: str, **smoke_option
         config.snn.teacher_epochs = 1
         config.snn.epochs = (2,)  # the learning rate of the last epoch is 0
         config.snn.refine_interval = 2
+    return config
+
+
+def basq_variant(config: ml_collections.ConfigDict, argument: str, **smoke_options: int) -> ml_collections.ConfigDict:
+    """``variant`` of a BASQ config; the smoke form trains a teacher of its own and searches two folds for a moment.
+
+    Raises:
+      ValueError: another argument.
+    """
+    config = variant(config, argument, **smoke_options)
+    if argument == "smoke":
+        # Where the search looks at images held out, 4 of 20 are: two batches of 8 are left.
+        config.data.num_train = 20 if config.data.validation_fraction else 16
+        config.data.validation_fraction = 0.2 if config.data.validation_fraction else 0.0
+        config.basq.teacher = "stage"
+        config.basq.teacher_epochs = 1
+        config.basq.epochs = (1,)
+        config.basq.schedule_steps = None
+        config.basq.folds = 2
+        config.basq.fold_batch = 4
+        config.basq.population, config.basq.mutations, config.basq.crossovers = 4, 1, 1
+        config.basq.parents, config.basq.generations = 2, 1
+        config.basq.finetune_epochs = 1
     return config

@@ -76,6 +76,7 @@ EXPECTED: dict[str, Costs] = {
     "basq_mobilenet_v2": Costs(3_853_151, 4_377_792, 0, 64_667_616, 300_774_272, 4 * 288_656_256),
     "basq_mobilenet_v1": Costs(4_468_163, 6_368_448, 0, 48_833_632, 568_740_352, 2_227_513_344),
     "basq_mobilenet_v2_cifar": Costs(2_584_961, 4_377_792, 0, 24_085_536, 87_976_448, 348_315_648),
+    "basq_resnet8_cifar": Costs(83_844, 147_456, 0, 604_288, 12_239_488, 47_185_920),
     "basq_resnet18": Costs(11_666_968, 21_970_944, 0, 26_772_224, 1_794_805_760, 6_705_119_232),
     "basq_resnet20_cifar": Costs(296_728, 534_528, 0, 1_825_536, 40_551_040, 160_432_128),
 }
@@ -133,6 +134,13 @@ EXPECTED_OF_CONFIGS: dict[str, tuple[str, Costs]] = {
     "asbq_resnet20_cifar100": ("w1a1", Costs(278_324, 267_264, 0, 404_672, 40_818_944, 40_108_032)),
     "asbq_skd_resnet20": ("w1a1", EXPECTED["resnet20"]),
     "asbq_vgg_small": ("w1a1", EXPECTED["vgg_small"]),
+    **{
+        name: ("finetune_9", EXPECTED[name])
+        for name in (
+            *("basq_mobilenet_v2", "basq_mobilenet_v1", "basq_resnet18"),
+            *("basq_mobilenet_v2_cifar", "basq_resnet20_cifar"),
+        )
+    },
     "irnet_resnet20": ("train", EXPECTED["hardtanh_resnet20"]),
     # The digits have 16x16 pixels.
     "quickstart": ("w1a1", Costs(78_042, 73_728, 0, 159_744, 3_125_888, 2_949_120)),

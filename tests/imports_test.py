@@ -30,8 +30,9 @@ LAYERS = {
     "config": 7,
     "run_folder": 8,
     "assembly": 9,
-    "pipeline": 10,
-    "command_line": 11,
+    "search_stage": 10,
+    "pipeline": 11,
+    "command_line": 12,
 }
 # What a package may import of the library, where that is less than everything below it.
 ONLY = {

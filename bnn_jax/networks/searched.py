@@ -326,6 +326,10 @@ SEARCHED_NETWORKS: dict[str, Any] = {
     "basq_resnet18": functools.partial(
         SearchedResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem_width=64, imagenet_stem=True
     ),
+    # For trials: six searched layers.
+    "basq_resnet8_cifar": functools.partial(
+        SearchedResNet, stage_sizes=(1, 1, 1), widths=(16, 32, 64), stem_width=16, stem_stride=1
+    ),
     "basq_resnet20_cifar": functools.partial(
         SearchedResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64), stem_width=16, stem_stride=1
     ),

@@ -56,8 +56,8 @@ def stages_table(stages: Sequence[Stage]) -> Table:
             format_number(stage.bits),
             describe_quantizer(stage.quant.weight),
             describe_quantizer(stage.quant.act),
-            str(stage.optim.epochs),
-            describe_schedule(stage.optim.learning_rate),
+            str(stage.optim.epochs) if stage.kind == "train" else MISSING,
+            describe_schedule(stage.optim.learning_rate) if stage.kind == "train" else MISSING,
             describe_reference(stage.init_from),
             describe_reference(stage.teacher),
         )
@@ -94,6 +94,33 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def winners_table(winners: Mapping[str, Any]) -> Table:
+    """The winners of a search's folds, and mean and standard deviation over them.
+
+    Args:
+      winners: from ``pipeline.winners``.
+    """
+    table = new_table("Winners", caption=_winners_caption(winners["correlation"]))
+    names = {"fold_top1": "fold", "full_top1": "full", "tuned_top1": "bnfull", "test_top1": "test"}
+    for header in ("winner", "path", *names.values()):
+        table.add_column(header, justify="left" if header == "path" else "right", no_wrap=header != "path")
+    for row in winners["rows"]:
+        accuracies = [f"{row[name]:.2f}" for name in names]
+        table.add_row(str(row["fold"]), " ".join(map(str, row["path"])), *accuracies)
+    for title, key in (("mean", "mean"), ("sd", "deviation")):
+        table.add_row(title, "", *(f"{winners['statistics'][name][key]:.2f}" for name in names))
+    return table
+
+
+def _winners_caption(correlation: float | None) -> str:
+    said = "" if correlation is None else f" Correlation of fold and bnfull: {correlation:.3f}."
+    return (
+        "top-1 in %: on the fold that chose the path, on the images outside of it, there after fine-tuning, and on all "
+        "test images after the last epoch. The first three are of other images in each row; only the last column "
+        f"compares winners.{said}"
+    )
+
+
 def describe_quantizer(spec: Spec) -> str:
     """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', '-' for the identity."""
     options = spec.kwargs
@@ -113,7 +140,7 @@ def describe_schedule(spec: Spec) -> str:
     if spec.name == "piecewise":
         values = options["values"]
         return f"{values[0]:g} to {values[-1]:g}, {len(values)} steps" if len(values) > 1 else f"{values[0]:g}"
-    if spec.name == "cosine":
+    if spec.name in ("cosine", "cosine_by_step"):
         return f"{options['initial']:g} to {options.get('final', 0):g}, cosine"
     return spec.name
 

@@ -7,7 +7,7 @@ The position in a run is the number of optimiser steps done, nothing else: the o
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,6 +114,7 @@ class StageLoop:
       metrics_path: its record.
       options: how it is run.
       devices: placement.
+      choice: branches of a supernet that are trained, or None.
     """
 
     def __init__(
@@ -129,13 +130,19 @@ class StageLoop:
         metrics_path: Path,
         options: LoopOptions,
         devices: Devices,
+        choice: Sequence[int] | None = None,
     ):
         self.stage, self.schedule, self.source, self.evaluator = stage, schedule, source, evaluator
         self.store, self.metrics_path, self.options, self.devices = store, metrics_path, options, devices
         self.run_steps = compile_train_steps(parts, devices)
         self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices)
         self.constants = devices.replicate(
-            Constants(images=jnp.asarray(source.train.images), labels=jnp.asarray(source.train.labels), teacher=teacher)
+            Constants(
+                images=jnp.asarray(source.train.images),
+                labels=jnp.asarray(source.train.labels),
+                teacher=teacher,
+                choice=None if choice is None else jnp.asarray(choice, jnp.int32),
+            )
         )
         self.steps_per_epoch = steps_per_epoch(stage, source.train.labels.shape[0])
         self.dispatch_length = dispatch_length(self.steps_per_epoch, options.steps_per_dispatch)

@@ -78,6 +78,62 @@ class Progress:
         return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
 
 
+class SearchProgress:
+    """Shows how far a search is: a bar on a terminal, and a line for every generation there and elsewhere.
+
+    Args:
+      title: name of the stage.
+      folds: number of folds.
+      total: generations of all folds together.
+      done: generations done before; add to it what a fold that goes on has behind it.
+    """
+
+    def __init__(self, title: str, *, folds: int, total: int, done: int):
+        self.title, self.folds, self.total, self.done = title, folds, total, done
+        self._own = 0
+        self._started = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "SearchProgress":
+        if sys.stderr.isatty():
+            self._bar, self._task = _make_bar(self.title, self.total, self.done)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def generation_done(self, fold: int, generation: int, best: dict[str, Any]) -> None:
+        """Shows the best path after a generation.
+
+        Args:
+          fold: number of the fold, from 0.
+          generation: generations done in it.
+          best: ``path``, ``fold_top1`` and ``full_top1`` in percent.
+        """
+        self.done += 1
+        self._own += 1
+        status = (
+            f"fold {fold + 1}/{self.folds}  generation {generation}  best {best['fold_top1']:.2f} % "
+            f"(outside of the fold {best['full_top1']:.2f} %)"
+        )
+        line = f"{self.title}: {status}  path {' '.join(map(str, best['path']))}  {self.time_left()} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, status=status)
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            say(line)
+
+    def time_left(self) -> str:
+        """Estimated time to the end of the search, 'H:MM:SS'."""
+        if self._own == 0:
+            return "?"
+        seconds = round((time.monotonic() - self._started) / self._own * max(self.total - self.done, 0))
+        return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+
+
 def _make_bar(title: str, total: int, completed: int):
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

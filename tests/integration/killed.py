@@ -5,6 +5,8 @@ Places, each at its COUNT-th time (from 1):
   saving     a checkpoint is written but has not yet got its name
   recorded   an epoch's record is written, its checkpoint is not
   finished   a stage's result is written
+  evaluated  a search has evaluated paths, or the best one outside of its fold; the generation is not saved
+  generation a generation of a search is saved
 """
 
 import os
@@ -14,9 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import launch
-from bnn_jax import run_folder
+from bnn_jax import run_folder, search_stage
 from bnn_jax.training import metrics
 from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.training.population import PopulationEvaluator
 
 
 def kill_in(
@@ -49,6 +52,10 @@ def main(place: str, count: int, arguments: list[str]) -> int:
         kill_in(metrics, "append", count=count)
     elif place == "finished":
         kill_in(run_folder, "write_json", count=count, only=lambda path, *_: path.name == run_folder.RESULT)
+    elif place == "evaluated":
+        kill_in(PopulationEvaluator, "__call__", count=count)
+    elif place == "generation":
+        kill_in(run_folder, "write_json", count=count, only=lambda path, *_: path.name == search_stage.STATE)
     else:
         raise ValueError(f"place {place!r}")
     return launch.main(["launch.py", *arguments])

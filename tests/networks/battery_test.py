@@ -91,6 +91,7 @@ EXPECTED = {
     # By analogy: counted a second time from the rows of the networks, without the library.
     "basq_mobilenet_v1": Expected(4_452_200, 1000, 224, 1024, (26, 3_184_224), 79),
     "basq_mobilenet_v2_cifar": Expected(2_559_178, 10, 32, 1280, (51, 2_188_896), 154),
+    "basq_resnet8_cifar": Expected(83_578, 10, 32, 64, (6, 73_728), 19),
     "basq_resnet18": Expected(11_663_016, 1000, 224, 512, (16, 10_985_472), 49),
     "basq_resnet20_cifar": Expected(295_930, 10, 32, 64, (18, 267_264), 55),
 }

@@ -1,0 +1,18 @@
+"""BASQ, MobileNet-v1 on ImageNet: supernet, evolution on ten folds, fine-tuning of each winner; 2, 3 or 4 bits.
+
+Published (mean over ten winners): 4 bit 72.05. The authors released MobileNet-v2 only:
+this network, and that the recipe is MobileNet-v2's, are by analogy (bnn_jax/networks/searched.py).
+Run: python launch.py --config=configs/basq_mobilenet_v1.py --config.basq.teacher=file:resnet50-0676ba61.pth
+(the ImageNet input comes later; `--mode=summary` and `:smoke`, on generated images with a teacher of its own, run)
+Length: as basq_mobilenet_v2.
+"""
+
+from configs import basq_mobilenet_v2, common
+
+
+def get_config(argument: str = ""):
+    """The config; ``argument`` may be 'smoke'."""
+    config = basq_mobilenet_v2.get_config()
+    config.name = "basq_mobilenet_v1"
+    config.network = "basq_mobilenet_v1"
+    return common.basq_variant(config, argument, image_size=224, num_classes=1000)
