@@ -13,6 +13,7 @@ from bnn_jax.stages import (
     Stage,
     differing_keys,
     fingerprint,
+    parse_choice,
     parse_reference,
     spec,
     to_json,
@@ -133,3 +134,13 @@ def test_nothing_differs_between_equal_values():
 )
 def test_differing_keys_are_named_with_both_values(old, new, rows):
     assert differing_keys(old, new) == rows
+
+
+@pytest.mark.parametrize("text", ["uniform", "search:a", "search:#1", "stage:a#1", "search:a#x"])
+def test_another_form_of_a_winner_is_refused(text):
+    with pytest.raises(ValueError, match="accepted are 'uniform' and 'search:NAME#FOLD'"):
+        parse_choice(text)
+
+
+def test_a_winner_is_named_by_search_and_fold():
+    assert parse_choice("search:evolution#12") == ("evolution", 12)

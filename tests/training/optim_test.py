@@ -308,3 +308,105 @@ def test_the_state_of_a_group_without_a_gate_keeps_its_structure_so_that_checkpo
         f"{trace}['norm']['scale']",
         ".inner_states['0'].inner_state[2].count",
     ]
+
+
+# ---- branches of a supernet
+
+BRANCHES = 3
+DECAYS = (0.5, 0.05, 0.0)
+# The branch of each searched layer on every step.
+CHOICES = [(0, 2), (1, 2), (0, 1), (0, 2), (2, 2), (1, 0)]
+PATTERNS = ("^first/", "^second/")
+
+
+def branched() -> dict:
+    random = np.random.RandomState(5)
+    return {
+        name: {"bound": jnp.asarray(random.normal(size=shape), jnp.float32)}
+        for name, shape in (("first", (BRANCHES,)), ("second", (BRANCHES, 4)), ("shared", (BRANCHES, 4)))
+    }
+
+
+def branch_gradients(step: int) -> dict:
+    """Gradients as a supernet has them: 0 in the rows that were not chosen; 'shared' is no branch parameter."""
+    random = np.random.RandomState(100 + step)
+    grads = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), branched())
+    for name, branch in zip(("first", "second"), CHOICES[step]):
+        rows = jnp.arange(BRANCHES) == branch
+        grads[name] = jax.tree.map(lambda g: g * rows.reshape((-1,) + (1,) * (g.ndim - 1)), grads[name])  # noqa: B023
+    return grads
+
+
+def train_branches(optimizer: Spec, unselected: str) -> dict:
+    groups = (ParameterGroup("bound", weight_decay=DECAYS),)
+    optim = optim_spec(optimizer, groups=groups, unselected_branches=unselected)
+    params = branched()
+    built = make_optimizer(optim, params, schedule=schedule, branch_patterns=PATTERNS)
+    state = built.init(params)
+
+    @jax.jit
+    def update(grads, state, params, choice):
+        changes, state = built.update(grads, state, params, ctx=QuantContext(train=True, choice=choice))
+        return optax.apply_updates(params, changes), state
+
+    for step, choice in enumerate(CHOICES):
+        params, state = update(branch_gradients(step), state, params, jnp.array(choice))
+    assert update._cache_size() == 1
+    return params
+
+
+def train_row(optimizer: Spec, name: str, branch: int, steps: list[int]) -> np.ndarray:
+    """One row on its own, on those steps only; its learning rates are those of the steps."""
+    params = {"row": branched()[name]["bound"][branch]}
+    rates = jnp.asarray([float(schedule(jnp.int32(step))) for step in steps] or [0.0])
+    groups = (ParameterGroup(".*", weight_decay=DECAYS[branch]),)
+    built = make_optimizer(optim_spec(optimizer, groups=groups), params, schedule=lambda count: rates[count])
+    state = built.init(params)
+    for step in steps:
+        grads = {"row": branch_gradients(step)[name]["bound"][branch]}
+        changes, state = built.update(grads, state, params, ctx=QuantContext(train=True))
+        params = optax.apply_updates(params, changes)
+    return np.asarray(params["row"])
+
+
+each_optimizer = pytest.mark.parametrize("optimizer", [spec("adam"), spec("sgd", momentum=0.9, nesterov=True)])
+
+
+@each_optimizer
+@pytest.mark.parametrize(("name", "gene"), [("first", 0), ("second", 1)])
+@pytest.mark.parametrize("branch", range(BRANCHES))
+def test_a_frozen_branch_takes_only_the_steps_that_chose_it_with_a_clock_of_its_own(optimizer, name, gene, branch):
+    steps = [step for step, choice in enumerate(CHOICES) if choice[gene] == branch]
+    own = np.asarray(train_branches(optimizer, "freeze")[name]["bound"][branch])
+    # The same arithmetic, vectorised: rounding of a few steps.
+    np.testing.assert_allclose(own, train_row(optimizer, name, branch, steps), rtol=1e-5)
+    if not steps:
+        np.testing.assert_array_equal(own, branched()[name]["bound"][branch])
+
+
+@each_optimizer
+@pytest.mark.parametrize("branch", range(BRANCHES))
+def test_a_decaying_branch_takes_every_step_with_its_own_decay(optimizer, branch):
+    own = np.asarray(train_branches(optimizer, "decay")["first"]["bound"][branch])
+    np.testing.assert_allclose(own, train_row(optimizer, "first", branch, list(range(len(CHOICES)))), rtol=1e-5)
+
+
+@each_optimizer
+@pytest.mark.parametrize("unselected", ["decay", "freeze"])
+def test_parameters_that_all_paths_share_take_every_step(optimizer, unselected):
+    own = np.asarray(train_branches(optimizer, unselected)["shared"]["bound"][1])
+    np.testing.assert_allclose(own, train_row(optimizer, "shared", 1, list(range(len(CHOICES)))), rtol=1e-5)
+
+
+def test_weight_decays_need_a_row_for_each():
+    groups = (ParameterGroup(".*", weight_decay=(0.1, 0.2)),)
+    optimizer = make_optimizer(optim_spec(spec("sgd"), groups=groups), branched(), schedule=schedule)
+    with pytest.raises(ValueError, match="2 weight decays for a parameter"):
+        optimizer.update(branched(), optimizer.init(branched()), branched(), ctx=QuantContext())
+
+
+def test_freezing_needs_the_chosen_branches():
+    optim = optim_spec(spec("adam"), groups=(ParameterGroup(".*"),), unselected_branches="freeze")
+    optimizer = make_optimizer(optim, branched(), schedule=schedule, branch_patterns=PATTERNS)
+    with pytest.raises(ValueError, match="needs the branches a step has chosen"):
+        optimizer.update(branched(), optimizer.init(branched()), branched(), ctx=QuantContext())
