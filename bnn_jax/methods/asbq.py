@@ -80,7 +80,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     elif not has_asbq_blocks(network):
         if asbq["block"] is not None:
             raise UserError(
-                f"config.asbq.block={asbq['block']!r}: network {network!r} has none of these; leave it empty"
+                f"config.asbq.block={asbq['block']!r}: network {network!r} has none of them; leave it empty"
             )
     elif switches["block"] == "imagenet":
         raise UserError(f"config.asbq.block='imagenet': accepted with network {network!r} are 'release', 'checkpoint'")

@@ -294,7 +294,7 @@ def test_vgg_small_quantizes_its_first_convolution_too_and_masks_row_blocks():
 @pytest.mark.parametrize("block", ["release", "checkpoint", "imagenet"])
 @pytest.mark.parametrize("network", ["vgg_small", "hardtanh_resnet20"])
 def test_other_networks_have_no_such_blocks(network, block):
-    with pytest.raises(UserError, match=rf"^config\.asbq\.block='{block}': network '{network}' has none of these"):
+    with pytest.raises(UserError, match=rf"^config\.asbq\.block='{block}': '{network}' has no such blocks"):
         stages(asbq_vgg_small, network=network, asbq_block=block)
 
 
