@@ -79,9 +79,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         switches["block"] = "imagenet"
     elif not has_asbq_blocks(network):
         if asbq["block"] is not None:
-            raise UserError(
-                f"config.asbq.block={asbq['block']!r}: network {network!r} has none of them; leave it empty"
-            )
+            raise UserError(f"config.asbq.block={asbq['block']!r}: {network!r} has no such blocks; leave it empty")
     elif switches["block"] == "imagenet":
         raise UserError(f"config.asbq.block='imagenet': accepted with network {network!r} are 'release', 'checkpoint'")
     return switches
