@@ -43,6 +43,13 @@ def test_a_result_row_shows_last_before_best_and_all_sizes() -> None:
     assert "on validation" in text
 
 
+def test_sub_bit_weights_by_levels_keep_their_fraction() -> None:
+    sub_bit = {"bits": 5 / 9, "quantized_weight_bits": 6_103_040, "level_bits": 4 / 9}
+    row = row_of(rendered(tables.results_table([{**RESULT, **sub_bit}])), "w1a1")
+    assert " ".join(row[7:11]) == "6.10 Mbit 4.88 Mbit"
+    assert row[1] == "0.556"
+
+
 def test_missing_values_of_a_result_are_dashes() -> None:
     assert row_of(rendered(tables.results_table([{"stage": "w1a1"}])), "w1a1") == ["w1a1"] + ["-"] * 9
 
