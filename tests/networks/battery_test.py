@@ -84,6 +84,7 @@ EXPECTED = {
     # Stem 3x3 instead of 7x7, 10 classes.
     "reactnet18_cifar": Expected(11_704_424 - 3 * 40 * 64 - 990 * 513, 10, 32, 512, (16, 10_985_472), 20),
     "reactnet20": Expected(275_114, 10, 32, 64, (18, 267_264), 21),
+    "reactnet8": Expected(78_890, 10, 32, 64, (6, 73_728), 9),
 }
 
 PRUNED = spec("pruned")
