@@ -95,14 +95,15 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def describe_quantizer(spec: Spec) -> str:
-    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', '-' for the identity."""
+    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', 'codebook 5' (tau), '-' for the identity."""
     options = spec.kwargs
     inner = options.get("inner")
     if isinstance(inner, Spec):
         return spec.name if inner == IDENTITY else f"{describe_quantizer(inner)} + {spec.name}"
     if spec == IDENTITY:
         return MISSING
-    return f"{spec.name} {format_number(options['bits'])}" if "bits" in options else spec.name
+    number = options.get("bits", options.get("tau"))
+    return spec.name if number is None else f"{spec.name} {format_number(number)}"
 
 
 def describe_schedule(spec: Spec) -> str:
@@ -113,8 +114,9 @@ def describe_schedule(spec: Spec) -> str:
     if spec.name == "piecewise":
         values = options["values"]
         return f"{values[0]:g} to {values[-1]:g}, {len(values)} steps" if len(values) > 1 else f"{values[0]:g}"
-    if spec.name == "cosine":
-        return f"{options['initial']:g} to {options.get('final', 0):g}, cosine"
+    shape = {"cosine": "cosine", "cosine_by_epoch": "cosine", "linear_by_epoch": "linear"}.get(spec.name)
+    if shape:
+        return f"{options['initial']:g} to {options.get('final', 0):g}, {shape}"
     return spec.name
 
 

@@ -70,12 +70,28 @@ def test_a_stage_row_shows_quantizers_schedule_and_origin() -> None:
 
 
 @pytest.mark.parametrize(
+    ("quantizer", "text"),
+    [
+        (spec("identity"), "-"),
+        (spec("sign"), "sign"),
+        (spec("codebook", tau=5), "codebook 5"),
+        (spec("pruned", inner=spec("dorefa", bits=4)), "dorefa 4 + pruned"),
+    ],
+)
+def test_quantizers_in_a_few_words(quantizer, text) -> None:
+    assert tables.describe_quantizer(quantizer) == text
+
+
+@pytest.mark.parametrize(
     ("schedule", "text"),
     [
         (spec("constant", value=0.1), "0.1"),
         (spec("piecewise", boundaries=(1, 2), values=(0.1, 0.01, 0.001)), "0.1 to 0.001, 3 steps"),
         (spec("piecewise", boundaries=(), values=(0.1,)), "0.1"),
         (spec("cosine", initial=0.2), "0.2 to 0, cosine"),
+        (spec("cosine_by_epoch", initial=0.2, final=1e-5, warmup_epochs=3), "0.2 to 1e-05, cosine"),
+        (spec("linear_by_epoch", initial=0.001), "0.001 to 0, linear"),
+        (spec("every", interval=25), "every"),
     ],
 )
 def test_schedules_in_a_few_words(schedule, text) -> None:
