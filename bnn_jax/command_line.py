@@ -172,9 +172,10 @@ def run(values: Any) -> None:
             f"loss {result['loss']:.4f}  ({result['num_images']:,} images, {result['checkpoint']})"
         )
     elif values.mode == "summary":
-        costs = pipeline.summary(job, stage_name=values.stage)
+        name = values.stage or job.stages[-1].name
+        costs = pipeline.summary(job, stage_name=name)
         tables.show(costs.table())
-        result = costs.to_json()
+        result = {"stage": name, **costs.to_json()}
     else:
         result = pipeline.report(job)
         tables.show(tables.results_table(result["stages"]))

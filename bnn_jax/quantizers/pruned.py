@@ -53,7 +53,25 @@ class Pruned(WeightQuantizer):
 
     @property
     def stored_bits(self) -> float:
-        return self.inner().stored_bits
+        return self.inner(parent=None).stored_bits
+
+    @property
+    def codebook_bits(self) -> int:
+        return self.inner(parent=None).codebook_bits
+
+    def scale_count(self, kernel_shape: Shape) -> int:
+        return self.inner(parent=None).scale_count(kernel_shape)
+
+    @property
+    def operation_bits(self) -> float:
+        return self.inner(parent=None).operation_bits
+
+    def multiply_accumulates(self, kernel_shape: Shape) -> float:
+        return self.inner(parent=None).multiply_accumulates(kernel_shape)
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        return self.inner().pictures
 
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         return self.quantizer.latent_shape(kernel_shape)
@@ -87,7 +105,7 @@ class Pruned(WeightQuantizer):
         encoded = self.quantizer.encode(latent)
         if encoded is None:
             return None
-        return _with_zero_level(encoded, mask)
+        return _with_zero_level(encoded.per_weight(), mask)
 
 
 def _with_zero_level(encoded: Encoded, mask: jax.Array) -> Encoded:
