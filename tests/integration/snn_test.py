@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 from tests.integration.launching import (
     SAVE_ALWAYS,
     Finished,
+    assert_same_arrays,
     assert_same_run,
     launch_here,
     launch_program,
@@ -113,6 +114,16 @@ def test_a_run_killed_between_two_refinements_goes_on_to_the_same_bits(tmp_path,
     assert finished.code == 0, finished.stderr
     assert "stage sub_bit: going on from step 3" in finished.stderr
     assert_same_run(tmp_path, whole, STAGES)
+
+
+@pytest.mark.slow
+def test_a_teacher_out_of_a_file_teaches_as_the_stage_does(tmp_path, whole):
+    finished = launch_here(*CHAIN, f"--config.snn.teacher=file:{whole / STAGES[0]}", f"--workdir={tmp_path}")
+    assert finished.code == 0, finished.stderr
+    for stage in STAGES[1:]:
+        here = tmp_path / f"{int(stage[:2]) - 1:02d}{stage[2:]}"
+        assert records(here) == records(whole / stage)
+        assert_same_arrays(saved_arrays(here), saved_arrays(whole / stage))
 
 
 def contents(folder: Path) -> dict[str, str]:

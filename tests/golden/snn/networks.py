@@ -69,19 +69,6 @@ def in_pytorch_form(variables: Mapping[str, Any], names: Mapping[str, np.ndarray
     return own
 
 
-def import_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables from a state by PyTorch's names, which has no memories: they are the signs of the codebooks."""
-    variables = import_weights.import_state(state, {name: shapes[name] for name in ("params", "batch_stats")})
-    memories = flatten_dict(dict(shapes.get("quant_state", {})), sep="/")
-    params = flatten_dict(variables["params"], sep="/")
-    known = {path: np.sign(params[path.removesuffix("memory") + "codebook"]) for path in memories}
-    return {**variables, "quant_state": _unflatten(known)} if known else variables
-
-
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return import_weights._nested(flat)
-
-
 def compare_arrays(
     result: Comparison,
     case: str,
@@ -233,7 +220,7 @@ def _check_block(
 ) -> None:
     x, ctx = nhwc(file[f"{case}x"]), context(train=True, refine=refine)
     shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, ctx), x)
-    variables = import_state(state, shapes)
+    variables = import_weights.import_state(state, shapes)
 
     def run(params: Any, x: jax.Array):
         return block.apply({**variables, "params": params}, x, ctx, mutable=["batch_stats", "quant_state"])
@@ -271,7 +258,7 @@ def load(state: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> tuple
     codebooks = [array for name, array in state.items() if name.endswith("patterns")]
     tau = int(np.log2(len(codebooks[0]))) if codebooks else None
     network = network_of({name: array.shape for name, array in state.items()}, tau)
-    return network, import_state(state, variable_shapes(network, image_shape))
+    return network, import_weights.import_state(state, variable_shapes(network, image_shape))
 
 
 def check_model(file: GoldenFile, result: Comparison) -> None:
