@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax import data, run_folder, search_stage
@@ -25,6 +26,7 @@ from bnn_jax.assembly import (
 )
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.errors import Interrupted, UserError
+from bnn_jax.quantizers import build_weight
 from bnn_jax.report import complexity, levels, pictures, plots
 from bnn_jax.stages import Stage, fingerprint, parse_choice, parse_reference
 from bnn_jax.training import create, metrics
@@ -318,9 +320,10 @@ def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity
 def report(run: Run) -> dict[str, Any]:
     """Results of the finished stages, and pictures, saved in the run folder.
 
-    ``chain.png`` shows the accuracies of all stages. Further ones are those the objectives offer, each of the last
-    finished stage that offers it: ``label_bank.png``, ``features.png``. What one of these cannot be drawn from (the
-    data set is not at hand) is said on stderr, and the report goes on without it.
+    ``chain.png`` shows the accuracies of all stages. Further ones are those the objectives and quantizers offer, each
+    of the last finished stage that offers it: ``label_bank.png``, ``features.png``, ``pattern_use.png``,
+    ``pattern_motion.png``. What one of these cannot be drawn from (the data set is not at hand) is said on stderr, and
+    the report goes on without it.
 
     Returns:
       ``stages``, the results; ``picture``, the path of the chain's; ``pictures``, the paths of all.
@@ -345,8 +348,12 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:
-    """Draws the pictures the objectives offer; returns those that could be drawn."""
-    stage_of = {name: stage for stage in finished for name in pictures.offered(build_objectives(stage))}
+    """Draws the pictures the objectives and weight quantizers offer; returns those that could be drawn."""
+    stage_of = {
+        name: stage
+        for stage in finished
+        for name in pictures.offered((*build_objectives(stage), build_weight(stage.quant.weight)(parent=None)))
+    }
     drawn = []
     for name, stage in stage_of.items():
         path = run.folder / f"{name}.png"
@@ -361,7 +368,7 @@ def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:
 
 def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
     """What pictures of a stage are drawn from; images are read only by the one that asks for them."""
-    _, num_classes = data.describe(stage.data)
+    image_shape, num_classes = data.describe(stage.data)
     terms = build_objectives(stage)
     target = jax.eval_shape(lambda: create.objective_states(terms, num_classes))
     with CheckpointStore(run.checkpoints(stage), read_only=True) as store:
@@ -382,8 +389,14 @@ def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
         )
         return found, test.labels
 
+    def variables() -> tuple[dict[str, Any], dict[str, Any]]:
+        network, shapes = _network_of(run, stage)
+        # What is drawn from a seed needs no images; what a stage copies is not what its pictures compare.
+        initial = create.init_variables(network, jax.random.key(stage.init_seed), jnp.zeros((1, *image_shape)))
+        return initial, run.load_variables(f"stage:{stage.name}", shapes)
+
     names = data.class_names(stage.data, data_dir=run.config["data"]["data_dir"])
-    return pictures.FinishedStage(stage.name, terms, jax.device_get(state), features, names)
+    return pictures.FinishedStage(stage.name, terms, jax.device_get(state), features, names, variables)
 
 
 def _only_test(stage: Stage) -> Stage:

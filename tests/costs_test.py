@@ -71,6 +71,7 @@ EXPECTED: dict[str, Costs] = {
     "reactnet18": Costs(11_709_032, 6_103_040, 4_608, 23_436_544, 1_814_073_344, 501_358_592),
     "reactnet34": Costs(21_836_648, 11_714_560, 9_216, 24_505_600, 3_663_761_408, 965_386_240),
     "reactnet18_cifar": Costs(11_193_482, 6_103_040, 4_608, 6_938_944, 555_422_720, 163_708_928),
+    "reactnet8": Costs(80_618, 40_960, 1_728, 193_856, 12_501_632, 10_223_616),
     "reactnet20": Costs(280_298, 148_480, 5_184, 322_880, 40_813_184, 34_340_864),
     # Supernets, with the BatchNorms of all seven branches; bit operations are 4 for each MAC of a quantized layer.
     "basq_mobilenet_v2": Costs(3_853_151, 4_377_792, 0, 64_667_616, 300_774_272, 4 * 288_656_256),

@@ -14,8 +14,8 @@ The training of the supernet needs no labels: its loss is the cross-entropy with
   held_out  folds hold every class alike and come from images held out from training, the last epoch counts, and the
             test images are seen once, at the end
 
-Reference: Kim, Park, Yoo 2022 (ECCV, LNCS 13672, 17-33); release: HanByulKim/BASQ (MobileNet-v2, 2 bits). Networks other
-  than MobileNet-v2, CIFAR and other bit widths are by analogy (bnn_jax/networks/searched.py).
+Reference: Kim, Park, Yoo 2022 (ECCV, LNCS 13672, 17-33); release: HanByulKim/BASQ (MobileNet-v2, ImageNet, 2 bits). Other
+  networks, images of 32x32 pixels and other bit widths are by analogy (bnn_jax/networks/searched.py).
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def _check(config: Mapping[str, Any], switches: Mapping[str, Any]) -> None:
         )
     if switches["search_on"] == "validation" and config["data"]["validation_fraction"] == 0:
         raise UserError(
-            "config.data.validation_fraction=0.0: config.basq.search_on='validation' needs images held out from training"
+            "config.data.validation_fraction=0.0: config.basq.search_on='validation' needs images held out of training"
         )
 
 

@@ -17,7 +17,7 @@ Reference: Wang et al. 2021 (arXiv 2110.09195); release: yikaiw/SNN. First step 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from bnn_jax.errors import UserError
 from bnn_jax.methods.common import data_spec, sgd_spec
@@ -34,7 +34,7 @@ TEACHER, FIRST, SECOND = "teacher", "binary_activations", "sub_bit"
 # Knob of bnn_jax.quantizers.codebook.
 REFINE_KNOB = "refine_codebook"
 # On the steps between two gradients of a codebook, Adam takes it for one of 0 (PyTorch 1.4), or does nothing (2.0).
-WITHOUT_GRADIENT = {"release14": "step", "skip": "skip"}
+WITHOUT_GRADIENT: dict[str, Literal["step", "skip"]] = {"release14": "step", "skip": "skip"}
 
 CODEBOOKS = "/weight_quantizer/codebook$"
 # What the release decays: tensors with four axes. These are the kernels of all convolutions and, for the way they are

@@ -74,6 +74,7 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "reactnet34": _reactnet((6, 8, 12, 6), imagenet_stem=True),
     "reactnet18_cifar": _reactnet((4, 4, 4, 4)),
     "reactnet20": _reactnet((6, 6, 6), widths=(16, 32, 64)),
+    "reactnet8": _reactnet((2, 2, 2), widths=(16, 32, 64)),
     **SEARCHED_NETWORKS,
 }
 
@@ -96,6 +97,7 @@ CONVOLUTION_INITS: dict[str, str] = {
     "reactnet34": "uniform",
     "reactnet18_cifar": "uniform",
     "reactnet20": "uniform",
+    "reactnet8": "uniform",
 }
 
 

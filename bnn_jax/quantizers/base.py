@@ -100,6 +100,11 @@ class WeightQuantizer(nn.Module):
         """
         return float(math.prod(kernel_shape))
 
+    @property
+    def pictures(self) -> frozenset[str]:
+        """Pictures a finished stage with such weights can show, keys of ``bnn_jax.report.pictures.PICTURES``."""
+        return frozenset()
+
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         """Shape of the trainable tensor behind a kernel of ``kernel_shape`` (kh, kw, I, O)."""
         return kernel_shape

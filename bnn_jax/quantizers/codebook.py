@@ -72,6 +72,10 @@ class CodebookWeight(WeightQuantizer):
     def stored_bits(self) -> float:
         return self.tau / ops.POSITIONS
 
+    @property
+    def pictures(self) -> frozenset[str]:
+        return frozenset({"pattern_use", "pattern_motion"})
+
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         _require_3x3(kernel_shape)
         return kernel_shape

@@ -69,6 +69,10 @@ class Pruned(WeightQuantizer):
     def multiply_accumulates(self, kernel_shape: Shape) -> float:
         return self.inner(parent=None).multiply_accumulates(kernel_shape)
 
+    @property
+    def pictures(self) -> frozenset[str]:
+        return self.inner().pictures
+
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         return self.quantizer.latent_shape(kernel_shape)
 

@@ -1,6 +1,7 @@
 """Pictures of codebooks of 3x3 patterns: which patterns the kernels use, and how refinement moved them."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from bnn_jax.report.plots import BAR_COLOUR, DOTS_PER_INCH, GRAY, INK, new_figur
 
 # The most used patterns are drawn, so many to a row.
 TILES_PER_ROW = 16
+MOST_LAYERS_IN_A_COLUMN = 8
 MOST_TILE_ROWS = 2
 # A tile's positions: -1, +1, and the same two where the sign is not the one the pattern started with.
 TILE_COLOURS = ("#f2f2f2", "#3b3b3b", "#fbd8a4", "#d55e00")
@@ -114,11 +116,19 @@ def draw_tiles(axis: Any, patterns: np.ndarray, flipped: np.ndarray) -> int:
 
 
 def _rows(layers: Mapping[str, CodebookUse], function: str) -> tuple[Any, Any]:
-    """A figure with a row for each layer: a small chart and a wide place for tiles."""
+    """A figure with a small chart and a wide place for tiles for each layer, and these pairs of axes."""
     if not layers:
         raise ValueError(f"{function}: no layer has a codebook")
-    figure = new_figure(width=9.6, height=1.25 * len(layers) + 0.9)
-    return figure, figure.subplots(len(layers), 2, squeeze=False, width_ratios=(1.0, 2.6))
+    columns = 1 if len(layers) <= MOST_LAYERS_IN_A_COLUMN else 2
+    height = math.ceil(len(layers) / columns)
+    figure = new_figure(width=9.6 if columns == 1 else 16.0, height=1.25 * height + 0.9)
+    axes = figure.subplots(height, 2 * columns, squeeze=False, width_ratios=(1.0, 2.6) * columns)
+    # Down the first column of layers, then down the second.
+    rows = [pair for column in range(columns) for pair in axes[:, 2 * column : 2 * column + 2]]
+    for pair in rows[len(layers) :]:
+        for axis in pair:
+            axis.set_visible(False)
+    return figure, rows[: len(layers)]
 
 
 def _draw_use(axis: Any, name: str, layer: CodebookUse, *, with_legend: bool) -> None:
@@ -135,9 +145,10 @@ def _draw_use(axis: Any, name: str, layer: CodebookUse, *, with_legend: bool) ->
     axis.set_xlim(1, 512)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axis.yaxis.set_minor_formatter("")
     _style_small(axis, name)
     if with_legend:
-        axis.legend(frameon=False, fontsize=7, loc="lower left", handlelength=1.2, borderaxespad=0.1)
+        axis.legend(frameon=False, fontsize=7, loc="upper right", handlelength=1.2, borderaxespad=0.1)
 
 
 def _draw_values(axis: Any, name: str, layer: CodebookUse, *, with_legend: bool) -> None:

@@ -13,6 +13,7 @@ from bnn_jax.stages import IDENTITY, Spec, Stage, parse_reference
 
 WIDTH = 100
 MISSING = "-"
+SHAPES = {"cosine": "cosine", "cosine_by_step": "cosine", "cosine_by_epoch": "cosine", "linear_by_epoch": "linear"}
 RESULTS_CAPTION = (
     "top-1 last: test images, after the last epoch. top-1 best: the images named above, which also chose the epoch "
     "(@, from 1). weights: the quantized ones, at their nominal bits, and by levels at ceil(log2(levels in use)) of "
@@ -122,14 +123,15 @@ def _winners_caption(correlation: float | None) -> str:
 
 
 def describe_quantizer(spec: Spec) -> str:
-    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', '-' for the identity."""
+    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', 'codebook 5' (tau), '-' for the identity."""
     options = spec.kwargs
     inner = options.get("inner")
     if isinstance(inner, Spec):
         return spec.name if inner == IDENTITY else f"{describe_quantizer(inner)} + {spec.name}"
     if spec == IDENTITY:
         return MISSING
-    return f"{spec.name} {format_number(options['bits'])}" if "bits" in options else spec.name
+    number = options.get("bits", options.get("tau"))
+    return spec.name if number is None else f"{spec.name} {format_number(number)}"
 
 
 def describe_schedule(spec: Spec) -> str:
@@ -140,8 +142,9 @@ def describe_schedule(spec: Spec) -> str:
     if spec.name == "piecewise":
         values = options["values"]
         return f"{values[0]:g} to {values[-1]:g}, {len(values)} steps" if len(values) > 1 else f"{values[0]:g}"
-    if spec.name in ("cosine", "cosine_by_step"):
-        return f"{options['initial']:g} to {options.get('final', 0):g}, cosine"
+    shape = SHAPES.get(spec.name)
+    if shape:
+        return f"{options['initial']:g} to {options.get('final', 0):g}, {shape}"
     return spec.name
 
 

@@ -424,7 +424,8 @@ def import_state(state: Mapping[str, np.ndarray], target: Mapping[str, Any]) -> 
     Raises:
       CheckpointError: the state is of another network; one line with the first differences and their numbers.
     """
-    found, wanted = _convert(state), _flat(target)
+    wanted = _flat(target)
+    found = _with_memories(_convert(state), wanted)
     shared = [path for path in wanted if path in found]
     differences = {
         "missing in the file": [path for path in wanted if path not in found],
@@ -439,6 +440,20 @@ def import_state(state: Mapping[str, np.ndarray], target: Mapping[str, Any]) -> 
         parts = [f"{len(rows)} {kind} ({_first(rows)})" for kind, rows in differences.items() if rows]
         raise CheckpointError(f"checkpoint of another network: {'; '.join(parts)}")
     return _nested({path: np.array(found[path], wanted[path].dtype, order="C") for path in wanted})
+
+
+def _with_memories(found: dict[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays and, for each codebook, the memory that SNN's files leave out: at its start, the codebook's signs."""
+    memories = [path for path in wanted if path.endswith("/weight_quantizer/memory") and path not in found]
+    sources = {
+        path: path.replace("quant_state/", "params/", 1).removesuffix("memory") + "codebook" for path in memories
+    }
+    signs = {
+        path: np.where(found[source] > 0, 1, -1).astype(np.float32)
+        for path, source in sources.items()
+        if source in found
+    }
+    return {**found, **signs}
 
 
 def _fits(path: str, array: np.ndarray, leaf: Any) -> bool:

@@ -137,7 +137,8 @@ def _only_with_gradient(
     def init(params: Any) -> GatedState:
         return GatedState(started=jnp.zeros((), jnp.bool_), inner=transformation.init(params))
 
-    def update(updates: Any, state: GatedState, params: Any = None, *, ctx: QuantContext, **_: Any):
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, GatedState]:
+        ctx: QuantContext = extra["ctx"]
         has_gradient = jnp.asarray(ctx.knobs.get(knob, 0.0)) > 0
         started = state.started | has_gradient
         runs = started if without == "step" else has_gradient

@@ -87,9 +87,8 @@ class RefillCodebooks(Projection):
             raise ValueError(f"refill_codebooks: limit={self.limit!r}: accepted is 1, the size of a pattern, or more")
 
     def __call__(self, update: Update, ctx: QuantContext, key: jax.Array) -> Update:
-        refine = ctx.knobs.get(REFINE_KNOB)
-        parts = {} if refine is None else _codebook_parts(update)
-        if not parts:
+        refine, parts = ctx.knobs.get(REFINE_KNOB), _codebook_parts(update)
+        if refine is None or not parts:
             return update
 
         def refilled(parts: dict[str, dict]) -> dict[str, dict]:

@@ -84,6 +84,7 @@ EXPECTED = {
     # Stem 3x3 instead of 7x7, 10 classes.
     "reactnet18_cifar": Expected(11_704_424 - 3 * 40 * 64 - 990 * 513, 10, 32, 512, (16, 10_985_472), 20),
     "reactnet20": Expected(275_114, 10, 32, 64, (18, 267_264), 21),
+    "reactnet8": Expected(78_890, 10, 32, 64, (6, 73_728), 9),
     # BASQ specification, section 5, without steps and clip values: weights, stem, classifier, BatchNorms of 7 branches.
     "basq_mobilenet_v2": Expected(
         2_188_896 + 864 + 1_281_000 + 299_712 + 56_896, 1000, 224, 1280, (51, 2_188_896), 154

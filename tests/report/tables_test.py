@@ -43,6 +43,13 @@ def test_a_result_row_shows_last_before_best_and_all_sizes() -> None:
     assert "on validation" in text
 
 
+def test_sub_bit_weights_by_levels_keep_their_fraction() -> None:
+    sub_bit = {"bits": 5 / 9, "quantized_weight_bits": 6_103_040, "level_bits": 4 / 9}
+    row = row_of(rendered(tables.results_table([{**RESULT, **sub_bit}])), "w1a1")
+    assert " ".join(row[7:11]) == "6.10 Mbit 4.88 Mbit"
+    assert row[1] == "0.556"
+
+
 def test_missing_values_of_a_result_are_dashes() -> None:
     assert row_of(rendered(tables.results_table([{"stage": "w1a1"}])), "w1a1") == ["w1a1"] + ["-"] * 9
 
@@ -63,12 +70,28 @@ def test_a_stage_row_shows_quantizers_schedule_and_origin() -> None:
 
 
 @pytest.mark.parametrize(
+    ("quantizer", "text"),
+    [
+        (spec("identity"), "-"),
+        (spec("sign"), "sign"),
+        (spec("codebook", tau=5), "codebook 5"),
+        (spec("pruned", inner=spec("dorefa", bits=4)), "dorefa 4 + pruned"),
+    ],
+)
+def test_quantizers_in_a_few_words(quantizer, text) -> None:
+    assert tables.describe_quantizer(quantizer) == text
+
+
+@pytest.mark.parametrize(
     ("schedule", "text"),
     [
         (spec("constant", value=0.1), "0.1"),
         (spec("piecewise", boundaries=(1, 2), values=(0.1, 0.01, 0.001)), "0.1 to 0.001, 3 steps"),
         (spec("piecewise", boundaries=(), values=(0.1,)), "0.1"),
         (spec("cosine", initial=0.2), "0.2 to 0, cosine"),
+        (spec("cosine_by_epoch", initial=0.2, final=1e-5, warmup_epochs=3), "0.2 to 1e-05, cosine"),
+        (spec("linear_by_epoch", initial=0.001), "0.001 to 0, linear"),
+        (spec("every", interval=25), "every"),
     ],
 )
 def test_schedules_in_a_few_words(schedule, text) -> None:

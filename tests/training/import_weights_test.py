@@ -547,6 +547,19 @@ def test_codebooks_keep_their_layout():
     np.testing.assert_array_equal(tree["params"]["conv1"]["weight_quantizer"]["codebook"], codebook)
 
 
+def test_a_memory_the_file_leaves_out_is_the_sign_of_its_codebook():
+    codebook = np.array([[0.5, -0.5], [-2.0, 1e-4]], np.float32)
+    place = {"conv1": {"weight_quantizer": {"codebook": codebook}}}
+    target = {"params": place, "quant_state": {"conv1": {"weight_quantizer": {"memory": codebook}}}}
+    found = import_weights.import_state({"binary_conv.binarize.patterns": codebook}, target)
+    np.testing.assert_array_equal(found["params"]["conv1"]["weight_quantizer"]["codebook"], codebook)
+    memory = found["quant_state"]["conv1"]["weight_quantizer"]["memory"]
+    np.testing.assert_array_equal(memory, [[1.0, -1.0], [-1.0, 1.0]])
+    assert memory.dtype == np.float32
+    with pytest.raises(CheckpointError, match="memory"):
+        import_weights.import_state({"fc.bias": codebook[0]}, target)
+
+
 def test_dense_kernels_change_their_layout():
     array = random_array(2, 3)
     ours = import_weights.convert_layout(array, to="ours")

@@ -41,9 +41,7 @@ def check_schedules(file: GoldenFile, result: Comparison) -> None:
     )
     result.close("supernet_lr_Tmax1000", schedule(jnp.arange(len(rates))), rates, atol=1e-9)
     rates = file["finetune_lr"]
-    schedule = schedules.build(
-        spec("cosine_by_epoch", initial=float(rates[0])), steps_per_epoch=1, epochs=len(rates)
-    )
+    schedule = schedules.build(spec("cosine_by_epoch", initial=float(rates[0])), steps_per_epoch=1, epochs=len(rates))
     result.close("finetune_lr", schedule(jnp.arange(len(rates))), rates, atol=1e-9)
 
 

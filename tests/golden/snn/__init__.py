@@ -10,9 +10,11 @@ from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.snn.accounting import ACCOUNTING
 from tests.golden.snn.networks import NETWORKS
 from tests.golden.snn.parts import PARTS
+from tests.golden.snn.trajectory import TRAJECTORY
 
 CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     *PARTS.items(),
     *NETWORKS.items(),
+    *TRAJECTORY.items(),
     *ACCOUNTING.items(),
 )

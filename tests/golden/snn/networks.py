@@ -12,19 +12,24 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks, objectives
+from bnn_jax.config import validate
 from bnn_jax.data.augment import change_light
 from bnn_jax.layers.activation import LearnableBias, RPRelu
+from bnn_jax.methods import snn
 from bnn_jax.networks.base import NetworkOutput
 from bnn_jax.networks.blocks import BLOCKS
 from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.ops import ste
+from bnn_jax.ops.codebook import all_patterns
 from bnn_jax.quantizers.base import QuantContext
-from bnn_jax.stages import IDENTITY, QuantSpec, spec
+from bnn_jax.stages import IDENTITY, QuantSpec, Stage, spec
 from bnn_jax.training import import_weights, projections, schedules
 from bnn_jax.training.create import variable_shapes
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.optim import group_labels
 from bnn_jax.training.projections import Update
 from bnn_jax.training.steps import compile_eval_step
+from configs import snn_resnet18
 from tests.golden.asbq.support import nchw, nhwc, to_pytorch
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.skd_bnn.support import relative_to_largest
@@ -62,19 +67,6 @@ def in_pytorch_form(variables: Mapping[str, Any], names: Mapping[str, np.ndarray
         value = flat[path]
         own[name] = to_pytorch(value) if path.endswith("/kernel") else np.asarray(value).reshape(reference.shape)
     return own
-
-
-def import_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables from a state by PyTorch's names, which has no memories: they are the signs of the codebooks."""
-    variables = import_weights.import_state(state, {name: shapes[name] for name in ("params", "batch_stats")})
-    memories = flatten_dict(dict(shapes.get("quant_state", {})), sep="/")
-    params = flatten_dict(variables["params"], sep="/")
-    known = {path: np.sign(params[path.removesuffix("memory") + "codebook"]) for path in memories}
-    return {**variables, "quant_state": _unflatten(known)} if known else variables
-
-
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return import_weights._nested(flat)
 
 
 def compare_arrays(
@@ -228,7 +220,7 @@ def _check_block(
 ) -> None:
     x, ctx = nhwc(file[f"{case}x"]), context(train=True, refine=refine)
     shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, ctx), x)
-    variables = import_state(state, shapes)
+    variables = import_weights.import_state(state, shapes)
 
     def run(params: Any, x: jax.Array):
         return block.apply({**variables, "params": params}, x, ctx, mutable=["batch_stats", "quant_state"])
@@ -266,7 +258,7 @@ def load(state: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> tuple
     codebooks = [array for name, array in state.items() if name.endswith("patterns")]
     tau = int(np.log2(len(codebooks[0]))) if codebooks else None
     network = network_of({name: array.shape for name, array in state.items()}, tau)
-    return network, import_state(state, variable_shapes(network, image_shape))
+    return network, import_weights.import_state(state, variable_shapes(network, image_shape))
 
 
 def check_model(file: GoldenFile, result: Comparison) -> None:
@@ -296,9 +288,108 @@ def check_model(file: GoldenFile, result: Comparison) -> None:
     relative_to_largest(result, "logits_eval", evaluated, file["logits_eval"], rtol=1e-4)
 
 
+# ---- the published network
+
+
+def generated(file: GoldenFile) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """State and images of a ``full`` file, made as the files' README defines them."""
+    names = {str(name): int(size) for name, size in zip(file["param_names"], file["param_sizes"], strict=True)}
+    shapes = full_shapes(names)
+    random, state = np.random.RandomState(int(file["rs_seed"])), {}
+    for name, size in names.items():
+        if name.endswith("patterns"):
+            continue
+        z = random.standard_normal(size).astype(np.float32).reshape(shapes[name])
+        state[name] = _scaled(name, z)
+    images = random.standard_normal((2, 3, int(file["hw"]), int(file["hw"]))).astype(np.float32)
+    convolutions = [name.removesuffix(".weight") for name in state if name.endswith("binary_conv.weight")]
+    books = [np.asarray(all_patterns())[rows] for rows in file["codebook_rows"]]
+    for name, book in zip(convolutions, books, strict=True):
+        state[f"{name}.binarize.patterns"] = book
+    for layer, kernel, pattern in file["fixes"]:
+        weight = state[f"{convolutions[layer]}.weight"]
+        weight.reshape(-1, 9)[kernel] = np.float32(0.1) * books[layer][pattern]
+    for name in [name for name in state if re.search(r"bn1\.bias$|downsample\.2\.bias$", name)]:
+        norm = name.removesuffix("bias")
+        state[f"{norm}running_mean"], state[f"{norm}running_var"] = (
+            np.zeros_like(state[name]),
+            np.ones_like(state[name]),
+        )
+    return state, images
+
+
+def _scaled(name: str, z: np.ndarray) -> np.ndarray:
+    if re.search(r"move\d\.bias$", name):
+        return np.float32(0.2) * z
+    if name.endswith("prelu.weight"):
+        return np.float32(0.25) + np.float32(0.1) * z
+    if name.endswith(".bias"):
+        return np.float32(0.2) * z
+    if re.search(r"bn1\.weight$|downsample\.2\.weight$", name):
+        return 1 + np.float32(0.2) * z
+    return np.float32(0.05 if name == "fc.weight" else 0.1) * z
+
+
+def full_shapes(sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes by PyTorch's names from the numbers of elements alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, size in sizes.items():
+        block = name.split(".binary_conv")[0].split(".downsample")[0]
+        inputs, outputs = sizes.get(f"{block}.move0.bias", 3), sizes.get(f"{block}.prelu.weight", sizes["bn1.weight"])
+        if name == "fc.weight":
+            shapes[name] = (sizes["fc.bias"], size // sizes["fc.bias"])
+        elif name.endswith("patterns"):
+            shapes[name] = (size // 9, 9)
+        elif name == "conv1.weight" or re.search(r"binary_conv\.weight$|downsample\.1\.weight$", name):
+            side = round((size / (inputs * outputs)) ** 0.5)
+            shapes[name] = (outputs, inputs, side, side)
+        else:
+            shapes[name] = (1, size, 1, 1) if re.search(r"move\d\.bias$", name) else (size,)
+    return shapes
+
+
+def check_full(file: GoldenFile, result: Comparison) -> None:
+    """A training pass of the published network: logits, statistics of every stage, groups of the weight decay."""
+    file.not_compared("err_.+")
+    state, images = generated(file)
+    network, variables = load(state, (*images.shape[2:], 3))
+    result.exact("tau", len(state["layer1.0.binary_conv.binarize.patterns"]), 2 ** int(file["tau"]))
+    collections = ["batch_stats", "quant_state", "block_features"]
+    ctx = context(train=True, refine=False)
+    output, updates = jax.jit(lambda v, x: network.apply(v, x, ctx, mutable=collections))(variables, nhwc(images))
+    relative_to_largest(result, "logits_train", output.logits, file["logits_train"], rtol=1e-3)
+    for stage, size in enumerate(network.stage_sizes, start=1):
+        feature = nchw(updates["block_features"][f"layer{stage}_{size - 1}"]["after_conv1"]).astype(np.float64)
+        result.exact(f"stage{stage}_shape", feature.shape, file[f"stage{stage}_shape"])
+        for what, own in (("mean", feature.mean((0, 2, 3))), ("std", feature.std((0, 2, 3), ddof=1))):
+            relative_to_largest(result, f"stage{stage}_{what}", own, file[f"stage{stage}_{what}"], rtol=1e-3)
+    after = {**variables, "batch_stats": updates["batch_stats"]}
+    compare_arrays(result, "out.", after, file.group("out."), rtol=1e-3)
+    _check_decay(file, result, variables["params"])
+
+
+def _check_decay(file: GoldenFile, result: Comparison, params: Any) -> None:
+    """The method's groups decay the parameters that the release does."""
+    (stage,) = (stage for stage in snn_stages(snn_resnet18, weight_decays=(1.0,)) if stage.name == snn.SECOND)
+    labels = flatten_dict({"params": group_labels(params, stage.optim.groups)}, sep="/")
+    shapes = full_shapes({str(n): int(size) for n, size in zip(file["param_names"], file["param_sizes"])})
+    paths = [import_weights.to_path(name, ndim=len(shape)) for name, shape in shapes.items()]
+    result.exact("param_names", sorted(paths), sorted(labels))
+    result.exact("param_sizes", [np.prod(shape) for shape in shapes.values()], file["param_sizes"])
+    result.exact("decay", [stage.optim.groups[int(labels[path])].weight_decay > 0 for path in paths], file["decay"])
+
+
+def snn_stages(file: Any, **changes: Any) -> tuple[Stage, ...]:
+    """The stages of a config of the project with values of its section replaced."""
+    config = file.get_config()
+    config.snn.update(changes)
+    return snn.stages(validate(config.to_dict()))
+
+
 NETWORKS: dict[str, Callable[[GoldenFile, Comparison], None]] = {
     "activation": check_activation,
     "loss": check_loss,
     "block_s[12]": check_blocks,
     "model_s(1|2|2_refine)": check_model,
+    "full_resnet18": check_full,
 }
