@@ -14,8 +14,8 @@ The training of the supernet needs no labels: its loss is the cross-entropy with
   held_out  folds hold every class alike and come from images held out from training, the last epoch counts, and the
             test images are seen once, at the end
 
-Reference: Kim, Park, Yoo 2022 (ECCV, LNCS 13672, 17-33); release: HanByulKim/BASQ (MobileNet-v2, ImageNet, 2 bits). Other
-  networks, images of 32x32 pixels and other bit widths are by analogy (bnn_jax/networks/searched.py).
+Reference: Kim, Park, Yoo 2022 (ECCV, LNCS 13672, 17-33); release: HanByulKim/BASQ (MobileNet-v2, ImageNet, 2 bits).
+  Other networks, images of 32x32 pixels and other bit widths are by analogy (bnn_jax/networks/searched.py).
 """
 
 import dataclasses
