@@ -12,6 +12,7 @@ EXAMPLES = {
     "piecewise": {"boundaries": (1.0, 2.0), "values": (1.0, 0.1, 0.01)},
     "cosine": {"initial": 0.1, "warmup_epochs": 1.0},
     "cosine_by_epoch": {"initial": 0.1, "warmup_epochs": 1},
+    "cosine_by_step": {"initial": 0.1, "steps": 7},
     "linear_by_epoch": {"initial": 0.1},
     "every": {"interval": 4, "start": 1},
     "error_decay_t": {},
@@ -171,3 +172,15 @@ def test_error_decay_rises_to_almost_ten_and_its_height_is_1_from_t_1_on(epochs)
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'linear': accepted are constant, piecewise, cosine"):
         build(spec("linear"), steps_per_epoch=1, epochs=1)
+
+
+def test_the_cosine_by_step_falls_to_zero_at_its_period_and_rises_again_behind_it():
+    schedule = build(spec("cosine_by_step", initial=2.0, steps=10), steps_per_epoch=4, epochs=3)
+    values = np.asarray(schedule(jnp.arange(12)))
+    np.testing.assert_allclose(values, 1 + np.cos(np.pi * np.arange(12) / 10), atol=1e-6)
+    assert values[11] > values[10]
+
+
+def test_the_cosine_by_step_takes_the_whole_stage_unless_told_otherwise():
+    schedule = build(spec("cosine_by_step", initial=2.0), steps_per_epoch=4, epochs=3)
+    np.testing.assert_allclose(schedule(jnp.array([0, 6, 12])), [2, 1, 0], atol=1e-6)
