@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.optim import make_optimizer
 from bnn_jax.training.population import PopulationEvaluator
 from bnn_jax.training.steps import Constants, StepParts, compile_train_steps, uniform_choice
+from tests.conftest import ROOT
 
 GENES, BRANCHES, CLASSES, BATCH = 2, 3, 4, 4
 NETWORK = networks.build(
@@ -157,13 +161,31 @@ def population(**options):
     return PopulationEvaluator(NETWORK, prepare=prepare, split=split, devices=all_devices(), **options)
 
 
-@pytest.mark.parametrize("paths_at_once", [1, 4, 9, 20])
-def test_a_population_is_evaluated_as_its_paths_one_by_one(paths_at_once):
+def check_population(paths_at_once):
+    """Fails unless a population has the accuracies of its paths, by one program."""
     images = (9, 2, 3, 4, 7)
     evaluate = population(batch_size=2, paths_at_once=paths_at_once)
     found = evaluate(all_devices().replicate(variables()), PATHS, np.array(images))
     assert found == [expected_top1(path, images) for path in PATHS]
     assert evaluate._step._cache_size() == 1
+
+
+@pytest.mark.parametrize("paths_at_once", [1, 4, 9, 20])
+def test_a_population_is_evaluated_as_its_paths_one_by_one(paths_at_once):
+    check_population(paths_at_once)
+
+
+@pytest.mark.slow
+def test_a_population_is_divided_among_the_devices():
+    program = (
+        "import jax; from tests.training import supernet_test; assert jax.device_count() == 4; "
+        "supernet_test.check_population(paths_at_once=3)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_an_evaluation_asked_to_stop_has_no_result():
