@@ -12,7 +12,7 @@ import jax.numpy as jnp
 Pair = tuple[int, int]
 
 
-def _taps(x: jax.Array, size: Pair, strides: Pair, output: Pair) -> list[list[jax.Array]]:
+def _taps(x: jax.Array, size: tuple[int, ...], strides: Pair, output: tuple[int, ...]) -> list[list[jax.Array]]:
     """For each position of the kernel the values of ``x`` (N, H, W, C) it meets, (N, *output, C)."""
 
     def tap(row: int, column: int) -> jax.Array:

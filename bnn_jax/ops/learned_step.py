@@ -62,7 +62,7 @@ def gradient_scale(count: jax.Array | float, highest: int) -> jax.Array:
     return 1.0 / jnp.sqrt(jnp.asarray(count, jnp.float32) * highest)
 
 
-def codes(x: jax.Array, step: jax.Array, lowest: int, highest: int) -> jax.Array:
+def codes(x: jax.Array, step: jax.Array, lowest: jax.Array | int, highest: jax.Array | int) -> jax.Array:
     """``round(clip(x / step, lowest, highest))`` as floats, ties to the even integer; 0 where the step is 0.
 
     Args:

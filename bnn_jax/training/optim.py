@@ -61,7 +61,7 @@ def _decay(factor: float | tuple[float, ...]) -> optax.GradientTransformation:
     if not isinstance(factor, tuple):
         return optax.add_decayed_weights(factor) if factor else optax.identity()
 
-    def update(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
+    def update(gradient: Any, parameter: Any) -> jax.Array:
         if parameter.ndim == 0 or parameter.shape[0] != len(factor):
             raise ValueError(f"optimizer groups: {len(factor)} weight decays for a parameter {parameter.shape}")
         rows = jnp.asarray(factor, jnp.float32).reshape((-1,) + (1,) * (parameter.ndim - 1))
@@ -86,21 +86,21 @@ def _only_chosen(core: optax.GradientTransformation, genes: dict[str, int]) -> o
     def init(params: Any) -> dict[str, Any]:
         return {path: jax.vmap(core.init)(leaf) for path, leaf in rows(params).items()}
 
-    def update(updates: Any, state: dict[str, Any], params: Any = None, *, ctx: QuantContext, **_: Any):
-        if ctx.choice is None:
+    def update(updates: Any, state: Any, params: Any = None, *, ctx: Any = None, **_: Any):
+        if ctx is None or ctx.choice is None:
             raise ValueError("optimizer: unselected_branches='freeze' needs the branches a step has chosen")
         choice, changes, states = ctx.choice, {}, {}
         for path, gradient in rows(updates).items():
             chosen = jnp.arange(gradient.shape[0]) == choice[genes[path]]
             change, new = jax.vmap(lambda row, old: core.update(row, old))(gradient, state[path])
-            changes[path] = _select(chosen, change, jnp.zeros_like(change))
+            changes[path] = _select(chosen, change, 0.0)
             states[path] = jax.tree.map(functools.partial(_select, chosen), new, state[path])
         return jax.tree_util.tree_map_with_path(lambda path, _: changes[path_of(path)], updates), states
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _select(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+def _select(rows: jax.Array, new: Any, old: Any) -> jax.Array:
     """``new`` in the rows where ``rows`` is True, ``old`` in the others."""
     return jnp.where(rows.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
 
