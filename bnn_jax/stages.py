@@ -10,6 +10,10 @@ import hashlib
 import json
 from typing import Any, Literal
 
+# Marks a field added after runs were made. A stage that leaves it at its default keeps its JSON form and so its
+# fingerprint: run folders made before the field existed stay readable.
+_LATER = {"left out of the JSON form while it has its default value": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -89,12 +93,19 @@ class ParameterGroup:
       weight_decay: coupled L2 factor (gradient += weight_decay * parameter).
       learning_rate_scale: factor on the learning rate; 0 freezes the group.
       bounds: smallest and largest value the parameters keep to after every step, or None.
+      gradient_knob: name of a knob of the stage that is above 0 on the steps on which these parameters have a gradient;
+        before the first such step nothing moves them and the optimiser's clock stands. None: every step has one.
+      without_gradient: what a later step without a gradient does: 'step' takes it for a gradient of 0, so that momentum
+        and weight decay go on (PyTorch 1.4, whose cleared gradients are zeros); 'skip' leaves parameters and optimiser
+        alone (PyTorch from 2.0 on, whose cleared gradients are None).
     """
 
     pattern: str
     weight_decay: float = 0.0
     learning_rate_scale: float = 1.0
     bounds: tuple[float, float] | None = None
+    gradient_knob: str | None = dataclasses.field(default=None, metadata=_LATER)
+    without_gradient: Literal["step", "skip"] = dataclasses.field(default="step", metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +154,9 @@ class Stage:
       bits: nominal bits per weight, for tables only.
       compute_dtype: 'float32' or 'bfloat16' (convolutions of integer codes only).
       log_gradient_norms: whether the gradient norm of every objective is recorded; costs one backward pass for each.
+      projections: changes made to parameters and state in every training step, between gradient and optimiser.
+      teacher_network: network of a teacher that is a file ('file:PATH'), in full precision; None: this stage's own
+        network with its quantizers.
     """
 
     name: str
@@ -162,6 +176,8 @@ class Stage:
     bits: float = 32.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     log_gradient_norms: bool = False
+    projections: tuple[Spec, ...] = dataclasses.field(default=(), metadata=_LATER)
+    teacher_network: Spec | None = dataclasses.field(default=None, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +216,11 @@ def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, Spec):
             return {"name": value.name, **{key: to_json(option) for key, option in value.options}}
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not (field.metadata == _LATER and getattr(value, field.name) == field.default)
+        }
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     return value

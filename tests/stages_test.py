@@ -6,6 +6,7 @@ import pytest
 from bnn_jax.stages import (
     DataSpec,
     OptimSpec,
+    ParameterGroup,
     QuantSpec,
     Reference,
     Spec,
@@ -78,12 +79,35 @@ def test_equal_stages_have_equal_fingerprints():
         {"network": spec("resnet8", block="checkpoint")},
         {"optim": dataclasses.replace(OPTIM, epochs=3)},
         {"data": DataSpec("digits", num_train=5)},
+        {"projections": (spec("refill_codebooks"),)},
+        {"teacher_network": spec("resnet8")},
+        {"optim": dataclasses.replace(OPTIM, groups=(ParameterGroup(".*", gradient_knob="refine"),))},
+        {"optim": dataclasses.replace(OPTIM, groups=(ParameterGroup(".*", without_gradient="skip"),))},
     ],
 )
 def test_a_change_anywhere_up_the_chain_changes_the_fingerprint(change):
     changed = dataclasses.replace(FIRST, **change)
     assert fingerprint(changed, (changed, SECOND)) != fingerprint(FIRST, (FIRST, SECOND))
     assert fingerprint(SECOND, (changed, SECOND)) != fingerprint(SECOND, (FIRST, SECOND))
+
+
+def test_a_field_added_later_is_left_out_while_it_has_its_default_so_that_older_run_folders_stay_readable():
+    value = to_json(FIRST)
+    assert {"projections", "teacher_network"}.isdisjoint(value)
+    assert set(value["optim"]["groups"][0]) == {"pattern", "weight_decay", "learning_rate_scale", "bounds"}
+    # The fingerprint this stage had before there were such fields.
+    assert fingerprint(FIRST, (FIRST,)) == "61925166a738793fb9d2cbe54fb4e29a14b31cd7b87249f22c98170ad200ff10"
+
+
+def test_a_field_added_later_is_written_out_where_it_is_used():
+    group = ParameterGroup(".*", gradient_knob="refine", without_gradient="skip")
+    used = dataclasses.replace(
+        FIRST, projections=(spec("refill", limit=3.0),), optim=dataclasses.replace(OPTIM, groups=(group,))
+    )
+    value = to_json(used)
+    assert value["projections"] == [{"name": "refill", "limit": 3.0}]
+    assert value["optim"]["groups"][0]["gradient_knob"] == "refine"
+    assert value["optim"]["groups"][0]["without_gradient"] == "skip"
 
 
 def test_a_stage_that_refers_to_nothing_ignores_the_rest_of_the_chain():

@@ -89,6 +89,41 @@ def cosine_by_epoch_values(*, initial: float, final: float = 0.0, warmup_epochs:
     return rising + falling[len(rising) :]
 
 
+def linear_by_epoch(*, initial: float, steps_per_epoch: int, epochs: int) -> Schedule:
+    """``initial * (1 - (e+1)/E)`` in epoch e of E: constant within an epoch, and 0 in the last one.
+
+    Args:
+      initial: value the first epoch stays one E-th below.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: E.
+
+    Reference: release: yikaiw/SNN, whose scheduler is advanced before each epoch; ReActNet too.
+    """
+    return _by_epoch(linear_by_epoch_values(initial=initial, epochs=epochs), steps_per_epoch)
+
+
+def linear_by_epoch_values(*, initial: float, epochs: int) -> list[float]:
+    """The value of every epoch, in double precision; see ``linear_by_epoch``."""
+    return [initial * (1.0 - (e + 1) / epochs) for e in range(epochs)]
+
+
+def every(*, interval: int, start: int = 0, steps_per_epoch: int, epochs: int) -> Schedule:
+    """1 on every ``interval``-th step, else 0: on the steps (from 0) where ``start + step + 1`` is a multiple of it.
+
+    Args:
+      interval: in steps, 1 or more.
+      start: steps counted before the first one.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: length of the stage.
+
+    Raises:
+      ValueError: the interval is below 1.
+    """
+    if interval < 1:
+        raise ValueError(f"every schedule: interval={interval!r}: accepted is 1 or more")
+    return lambda step: ((start + step + 1) % interval == 0).astype(jnp.float32)
+
+
 def error_decay_t(*, steps_per_epoch: int, epochs: int) -> Schedule:
     """Inverse width of the error decay estimator, ``t = 10**(-3 + 4 e / E)`` in epoch e of E.
 
@@ -112,6 +147,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "piecewise": piecewise,
     "cosine": cosine,
     "cosine_by_epoch": cosine_by_epoch,
+    "linear_by_epoch": linear_by_epoch,
+    "every": every,
     "error_decay_t": error_decay_t,
     "error_decay_k": error_decay_k,
 }

@@ -12,6 +12,8 @@ EXAMPLES = {
     "piecewise": {"boundaries": (1.0, 2.0), "values": (1.0, 0.1, 0.01)},
     "cosine": {"initial": 0.1, "warmup_epochs": 1.0},
     "cosine_by_epoch": {"initial": 0.1, "warmup_epochs": 1},
+    "linear_by_epoch": {"initial": 0.1},
+    "every": {"interval": 4, "start": 1},
     "error_decay_t": {},
     "error_decay_k": {},
 }
@@ -122,6 +124,34 @@ def test_cosine_by_epoch_is_constant_within_an_epoch_and_stays_after_the_last():
 def test_cosine_by_epoch_takes_a_warm_up_longer_than_the_stage(epochs):
     schedule = build(spec("cosine_by_epoch", initial=0.9, warmup_epochs=8), steps_per_epoch=1, epochs=epochs)
     np.testing.assert_allclose(values(schedule, range(epochs)), 0.1 * (1 + np.arange(epochs)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("epochs", "base"), [(256, 1e-3), (128, 2.5e-3)])
+def test_linear_by_epoch_is_that_of_the_published_recipes(epochs, base):
+    schedule = build(spec("linear_by_epoch", initial=base), steps_per_epoch=3, epochs=epochs)
+    expected = base * (1 - np.arange(1, epochs + 1) / epochs)
+    found = jax.jit(jax.vmap(schedule))(3 * jnp.arange(epochs) + 2)
+    # One rounding to float32.
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found[0] == pytest.approx(base * (epochs - 1) / epochs) and found[-1] == 0
+
+
+def test_linear_by_epoch_is_constant_within_an_epoch_and_stays_0_after_the_last():
+    schedule = build(spec("linear_by_epoch", initial=1.0), steps_per_epoch=4, epochs=4)
+    np.testing.assert_array_equal(values(schedule, range(20)), np.repeat([0.75, 0.5, 0.25, 0.0, 0.0], 4))
+
+
+@pytest.mark.parametrize(("start", "expected"), [(0, [24, 49, 74]), (20, [4, 29, 54]), (24, [0, 25, 50])])
+def test_every_is_1_on_each_interval_th_step_counted_from_its_start(start, expected):
+    schedule = build(spec("every", interval=25, start=start), steps_per_epoch=7, epochs=2)
+    assert np.flatnonzero(values(schedule, range(75))).tolist() == expected
+    assert set(values(schedule, range(75))) == {0.0, 1.0}
+
+
+def test_every_step_is_an_interval_of_1_and_less_is_refused():
+    np.testing.assert_array_equal(values(build(spec("every", interval=1), steps_per_epoch=1, epochs=1), range(5)), 1)
+    with pytest.raises(ValueError, match="interval=0: accepted is 1 or more"):
+        build(spec("every", interval=0), steps_per_epoch=1, epochs=1)
 
 
 @pytest.mark.parametrize("epochs", [128, 600, 700, 800])
