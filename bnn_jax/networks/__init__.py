@@ -12,6 +12,7 @@ from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_in_normal, he_fa
 from bnn_jax.networks.blocks import BLOCKS
 from bnn_jax.networks.hard_tanh import HardTanhMlp, HardTanhResNet, HardTanhVgg
 from bnn_jax.networks.resnet import CifarResNet, ImageNetResNet
+from bnn_jax.networks.standard import StandardResNet, StandardVgg
 from bnn_jax.networks.vgg_small import VggSmall
 from bnn_jax.quantizers import build_act, build_weight
 from bnn_jax.stages import IDENTITY, QuantSpec, Spec
@@ -20,6 +21,12 @@ from bnn_jax.stages import IDENTITY, QuantSpec, Spec
 def _cifar_resnet(blocks_per_stage: int) -> Callable[..., nn.Module]:
     """CIFAR ResNet of depth 6b + 2."""
     return functools.partial(CifarResNet, stage_sizes=(blocks_per_stage,) * 3, widths=(16, 32, 64))
+
+
+def _standard_imagenet_resnet(stage_sizes: tuple[int, ...], **options: Any) -> Callable[..., nn.Module]:
+    """Post-activation ResNet for 224x224 images."""
+    widths = (64, 128, 256, 512)
+    return functools.partial(StandardResNet, stage_sizes=stage_sizes, widths=widths, imagenet_stem=True, **options)
 
 
 NETWORKS: dict[str, Callable[..., Any]] = {
@@ -48,12 +55,30 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     ),
     "hardtanh_vgg_small": HardTanhVgg,
     "hardtanh_mlp": HardTanhMlp,
+    "standard_resnet20": functools.partial(
+        StandardResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64), block="post_activation_padded"
+    ),
+    "standard_resnet18_cifar": functools.partial(StandardResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512)),
+    "standard_resnet18": _standard_imagenet_resnet((2, 2, 2, 2)),
+    "standard_resnet34": _standard_imagenet_resnet((3, 4, 6, 3)),
+    "standard_resnet50": _standard_imagenet_resnet((3, 4, 6, 3), block="bottleneck"),
+    "standard_vgg_small": StandardVgg,
 }
 
 KERNEL_INITS: dict[str, Callable[..., Any]] = {
     "uniform": fan_in_uniform,
     "he_normal": he_fan_out_normal,
     "he_fan_in_normal": he_fan_in_normal,
+}
+
+# Initialiser of all convolutions where no option says otherwise, of the networks that were published with one.
+CONVOLUTION_INITS: dict[str, str] = {
+    "standard_resnet20": "he_fan_in_normal",
+    "standard_resnet18_cifar": "he_fan_in_normal",
+    "standard_resnet18": "he_normal",
+    "standard_resnet34": "he_normal",
+    "standard_resnet50": "he_normal",
+    "standard_vgg_small": "he_normal",
 }
 
 
@@ -63,7 +88,7 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
     Args:
       spec: name in ``NETWORKS`` and the network's options; ``kernel_init`` is the initialiser of the quantized layers,
         ``full_precision_init`` that of the first convolution and the shortcuts where these are not quantized; both are
-        keys of ``KERNEL_INITS``.
+        keys of ``KERNEL_INITS``. Their defaults are 'uniform' and 'he_normal', or those of ``CONVOLUTION_INITS``.
       quant: quantizers.
       num_classes: outputs K.
       compute_dtype: 'float32' or 'bfloat16'.
@@ -77,8 +102,9 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
     if spec.name not in NETWORKS:
         raise ValueError(f"network {spec.name!r}: accepted are {', '.join(NETWORKS)}")
     options = spec.kwargs
-    inner_init = _kernel_init(options, "kernel_init", default="uniform")
-    outer_init = _kernel_init(options, "full_precision_init", default="he_normal")
+    published = CONVOLUTION_INITS.get(spec.name)
+    inner_init = _kernel_init(options, "kernel_init", default=published or "uniform")
+    outer_init = _kernel_init(options, "full_precision_init", default=published or "he_normal")
     if options.get("block", "release") not in BLOCKS:
         raise ValueError(f"block {options['block']!r}: accepted are {', '.join(BLOCKS)}")
     act = build_act(quant.act)

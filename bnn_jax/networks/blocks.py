@@ -14,7 +14,7 @@ from bnn_jax.quantizers.base import QuantContext
 
 
 class ResidualBlock(nn.Module):
-    """Base of the residual blocks: two 3x3 convolutions and a shortcut.
+    """Base of the residual blocks: convolutions and a shortcut.
 
     The shortcut is the identity, or a 1x1 convolution and BatchNorm where the stride or the number of channels changes.
 
@@ -22,28 +22,44 @@ class ResidualBlock(nn.Module):
       features: output channels.
       stride: spatial stride of the first convolution and the shortcut.
       layers: layer factories.
+      pad_shortcut: whether a shortcut that changes shape takes every second position and pads the channels with zeros
+        instead ("option A" of He et al. 2016, arXiv 1512.03385).
     """
 
     features: int
     stride: int
     layers: Layers
+    pad_shortcut: bool = False
+
+    @property
+    def output_features(self) -> int:
+        """Channels of the block's output."""
+        return self.features
 
     def downsamples(self, x: jax.Array) -> bool:
-        """Whether the shortcut needs a convolution for input ``x``."""
-        return self.stride != 1 or x.shape[-1] != self.features
+        """Whether the shortcut changes the shape of input ``x``."""
+        return self.stride != 1 or x.shape[-1] != self.output_features
 
     def shortcut(self, identity: jax.Array, source: jax.Array, ctx: QuantContext) -> jax.Array:
-        """``identity`` where shapes agree, else the strided 1x1 convolution and BatchNorm of ``source``."""
+        """``identity`` where shapes agree, else ``source`` padded, or its strided 1x1 convolution and BatchNorm."""
         if not self.downsamples(identity):
             return identity
+        if self.pad_shortcut:
+            return self.padded(source)
         conv = self.layers.shortcut_conv(
-            self.features,
+            self.output_features,
             kernel_size=(1, 1),
             strides=(self.stride, self.stride),
             padding=((0, 0), (0, 0)),
             name="downsample_conv",
         )
         return BatchNorm(name="downsample_bn")(conv(source, ctx), ctx)
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        """Every ``stride``-th position of ``x``, with half of the new channels as zeros on either side."""
+        missing = self.output_features - x.shape[-1]
+        channels = (missing // 2, missing - missing // 2)
+        return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), channels))
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -125,21 +141,18 @@ class HardTanhBlock(ResidualBlock):
 
     Attributes:
       double_skip: whether every convolution has a shortcut of its own.
-      pad_shortcut: whether a shortcut that changes shape takes every second position and pads the channels with zeros;
-        else it is a 1x1 convolution and BatchNorm.
 
     Reference: IR-Net, Qin et al. 2020 (arXiv 1909.10788); release: Wzixin/SKD-BNN.
     """
 
     double_skip: bool = True
-    pad_shortcut: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """(N, H, W, C) -> (N, H/stride, W/stride, features), values in [-1, 1]."""
         y1 = self.layers.conv(self.features, strides=self.strides, name="conv1")(x, ctx)
         y1 = BatchNorm(name="bn1")(y1, ctx)
-        skip = self.padded_shortcut(x) if self.pad_shortcut else self.shortcut(x, x, ctx)
+        skip = self.shortcut(x, x, ctx)
         a1 = hard_tanh(y1 + skip if self.double_skip else y1)
         keep_feature(self, "after_conv1", a1)
         y2 = BatchNorm(name="bn2")(self.layers.conv(self.features, name="conv2")(a1, ctx), ctx)
@@ -147,13 +160,56 @@ class HardTanhBlock(ResidualBlock):
         keep_feature(self, "after_conv2", a2)
         return a2
 
-    def padded_shortcut(self, x: jax.Array) -> jax.Array:
-        """``x``, or every second position of it with a quarter of the new channels as zeros on either side."""
-        if not self.downsamples(x):
-            return x
-        missing = self.features - x.shape[-1]
-        channels = (missing // 2, missing - missing // 2)
-        return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), channels))
+
+class PostActivationBlock(ResidualBlock):
+    """The original residual block: convolution, BatchNorm, ReLU, convolution, BatchNorm, shortcut, ReLU.
+
+    Forward: ``h = relu(bn1(conv1(x))); z = relu(bn2(conv2(h)) + s(x))``.
+
+    Reference: He et al. 2016 (arXiv 1512.03385), figure 5 left; release: qinglu0330/DNN-weight-search: core/network.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """(N, H, W, C) -> (N, H/stride, W/stride, features), values from 0."""
+        h = self.layers.conv(self.features, strides=self.strides, name="conv1")(x, ctx)
+        h = nn.relu(BatchNorm(name="bn1")(h, ctx))
+        keep_feature(self, "after_conv1", h)
+        z = BatchNorm(name="bn2")(self.layers.conv(self.features, name="conv2")(h, ctx), ctx)
+        z = nn.relu(z + self.shortcut(x, x, ctx))
+        keep_feature(self, "after_conv2", z)
+        return z
+
+
+class BottleneckBlock(ResidualBlock):
+    """Three convolutions, 1x1, 3x3 with the stride and 1x1 to four times the channels, each with BatchNorm.
+
+    Forward: ``h1 = relu(bn1(conv1(x))); h2 = relu(bn2(conv2(h1))); z = relu(bn3(conv3(h2)) + s(x))``.
+
+    Attributes:
+      features: channels of the inner convolutions; the output has ``4 * features``.
+
+    Reference: He et al. 2016 (arXiv 1512.03385), figure 5 right, with the stride on the 3x3 convolution as in the
+      published weights ("ResNet v1.5").
+    """
+
+    @property
+    def output_features(self) -> int:
+        return 4 * self.features
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """(N, H, W, C) -> (N, H/stride, W/stride, 4 * features), values from 0."""
+        pointwise = functools.partial(self.layers.conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)))
+        h = nn.relu(BatchNorm(name="bn1")(pointwise(self.features, name="conv1")(x, ctx), ctx))
+        keep_feature(self, "after_conv1", h)
+        h = self.layers.conv(self.features, strides=self.strides, name="conv2")(h, ctx)
+        h = nn.relu(BatchNorm(name="bn2")(h, ctx))
+        keep_feature(self, "after_conv2", h)
+        z = BatchNorm(name="bn3")(pointwise(self.output_features, name="conv3")(h, ctx), ctx)
+        z = nn.relu(z + self.shortcut(x, x, ctx))
+        keep_feature(self, "after_conv3", z)
+        return z
 
 
 BLOCKS: dict[str, Callable[..., ResidualBlock]] = {
@@ -163,4 +219,7 @@ BLOCKS: dict[str, Callable[..., ResidualBlock]] = {
     "double_skip": HardTanhBlock,
     "double_skip_padded": functools.partial(HardTanhBlock, pad_shortcut=True),
     "single_skip": functools.partial(HardTanhBlock, double_skip=False),
+    "post_activation": PostActivationBlock,
+    "post_activation_padded": functools.partial(PostActivationBlock, pad_shortcut=True),
+    "bottleneck": BottleneckBlock,
 }

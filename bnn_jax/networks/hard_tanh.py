@@ -69,7 +69,7 @@ class HardTanhVgg(nn.Module):
             x = make(width, name=f"conv{index}")(x, ctx)
             if index % 2:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            x = hard_tanh(BatchNorm(name=f"bn{index}")(x, ctx))
+            x = self.activate(BatchNorm(name=f"bn{index}")(x, ctx))
             if index > 0:
                 keep_feature(self, f"after_conv{index}", x)
         features = flatten_channels_first(x)
@@ -77,6 +77,10 @@ class HardTanhVgg(nn.Module):
             self.num_classes, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros, name="fc"
         )
         return NetworkOutput(logits=dense(features, ctx), features=features)
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """What follows every BatchNorm."""
+        return hard_tanh(x)
 
 
 class HardTanhMlp(nn.Module):

@@ -23,7 +23,7 @@ from bnn_jax.training import create
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Facts about a network (ASBQ specification, sections 2.6 and 7; SKD-BNN specification, section 5).
+    """Facts about a network (specifications: ASBQ, sections 2.6 and 7; SKD-BNN, section 5; weight search, section 2.6).
 
     Attributes:
       parameters: trainable numbers at ``num_classes`` classes.
@@ -70,6 +70,13 @@ EXPECTED = {
     "hardtanh_vgg_small": Expected(4_660_106, 10, 32, 8192, (5, 4_571_136), 6),
     # Kernels and biases of 784 to 2,048 to 2,048 to 2,048 to 10, and three norms; no convolution.
     "hardtanh_mlp": Expected(10_033_162, 10, 28, 2048, (0, 0), 3, channels=1),
+    # Weight search specification, section 2.6; the 1x1 shortcuts are not among the quantized convolutions here.
+    "standard_resnet20": Expected(269_722, 10, 32, 64, (18, 267_264), 19),
+    "standard_resnet18_cifar": Expected(11_173_962, 10, 32, 512, (16, 10_985_472), 20),
+    "standard_resnet18": Expected(11_689_512, 1000, 224, 512, (16, 11_157_504 - 172_032), 20),
+    "standard_resnet34": Expected(21_797_672, 1000, 224, 512, (32, 21_258_240 - 172_032), 36),
+    "standard_resnet50": Expected(25_557_032, 1000, 224, 2048, (48, 23_445_504 - 2_768_896), 53),
+    "standard_vgg_small": Expected(4_660_106, 10, 32, 8192, (5, 4_571_136), 6),
 }
 
 PRUNED = spec("pruned")
@@ -142,6 +149,10 @@ SMALL = {
     "hardtanh_vgg_small": spec("hardtanh_vgg_small", widths=(4, 4, 6, 6, 8, 8)),
     # Without dropout: its draws depend on the shape of the batch.
     "hardtanh_mlp": spec("hardtanh_mlp", hidden=12, dropout=0.0),
+    "post_activation_padded": spec("standard_resnet20", stage_sizes=(2, 1), widths=(4, 8)),
+    "post_activation": spec("standard_resnet18", stage_sizes=(2, 1), widths=(4, 8)),
+    "bottleneck": spec("standard_resnet50", stage_sizes=(2, 1), widths=(4, 8)),
+    "standard_vgg_small": spec("standard_vgg_small", widths=(4, 4, 6, 6, 8, 8)),
 }
 each_small = pytest.mark.parametrize("kind", SMALL)
 REAL = QuantSpec()
