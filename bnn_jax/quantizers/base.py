@@ -7,6 +7,7 @@ may own parameters and state (collection ``quant_state``); the arithmetic lives 
 To add one: a function in ``ops``, a subclass here, a line in ``bnn_jax.quantizers.WEIGHT`` or ``ACT``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,8 +71,30 @@ class WeightQuantizer(nn.Module):
 
     @property
     def stored_bits(self) -> float:
-        """Bits stored per weight; a quantizer around another one answers with the inner one's."""
+        """Bits stored per weight; a quantizer around another one answers with the inner one's, here and below."""
         return float(self.bits)
+
+    @property
+    def codebook_bits(self) -> int:
+        """Bits of the layer's own table of values that its weights are looked up in, stored beside them."""
+        return 0
+
+    def scale_count(self, kernel_shape: Shape) -> int:
+        """Floats stored beside the weights of a kernel that follow from the latent weights and are no parameters."""
+        return 0
+
+    @property
+    def operation_bits(self) -> float:
+        """Bits of one weight as it is multiplied, which are more than those stored where patterns are looked up."""
+        return self.stored_bits
+
+    def multiply_accumulates(self, kernel_shape: Shape) -> float:
+        """Multiply-accumulates for one output position (all O outputs there), with the savings the method is for.
+
+        Args:
+          kernel_shape: (kh, kw, I/groups, O) or (I, O).
+        """
+        return float(math.prod(kernel_shape))
 
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         """Shape of the trainable tensor behind a kernel of ``kernel_shape`` (kh, kw, I, O)."""

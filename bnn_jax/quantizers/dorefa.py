@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from bnn_jax.ops import uniform
-from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer, encode_integers, validate_bits
+from bnn_jax.quantizers.base import (
+    ActQuantizer,
+    Encoded,
+    QuantContext,
+    Shape,
+    WeightQuantizer,
+    encode_integers,
+    validate_bits,
+)
 
 
 class DorefaWeight(WeightQuantizer):
@@ -31,6 +39,9 @@ class DorefaWeight(WeightQuantizer):
         if self.one_bit not in ("sign", "levels"):
             raise ValueError(f"dorefa weight quantizer: one_bit={self.one_bit!r}: accepted are 'sign', 'levels'")
         super().__post_init__()
+
+    def scale_count(self, kernel_shape: Shape) -> int:
+        return 1
 
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return self.quantize(latent)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from bnn_jax.ops import balance, ste
-from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer, encode_integers
+from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, Shape, WeightQuantizer, encode_integers
 
 # Values of the gradient's height and inverse width where no schedule drives them; they never touch the forward pass.
 DEFAULT_K, DEFAULT_T = 10.0, 0.1
@@ -28,6 +28,9 @@ class IrNetWeight(WeightQuantizer):
     """
 
     bits: float = 1.0
+
+    def scale_count(self, kernel_shape: Shape) -> int:
+        return kernel_shape[-1]
 
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         standardized = balance.standardize(latent)

@@ -53,7 +53,21 @@ class Pruned(WeightQuantizer):
 
     @property
     def stored_bits(self) -> float:
-        return self.inner().stored_bits
+        return self.inner(parent=None).stored_bits
+
+    @property
+    def codebook_bits(self) -> int:
+        return self.inner(parent=None).codebook_bits
+
+    def scale_count(self, kernel_shape: Shape) -> int:
+        return self.inner(parent=None).scale_count(kernel_shape)
+
+    @property
+    def operation_bits(self) -> float:
+        return self.inner(parent=None).operation_bits
+
+    def multiply_accumulates(self, kernel_shape: Shape) -> float:
+        return self.inner(parent=None).multiply_accumulates(kernel_shape)
 
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         return self.quantizer.latent_shape(kernel_shape)
