@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
+from bnn_jax.quantizers.categorical import CategoricalWeight
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
 from bnn_jax.quantizers.pruned import Pruned
@@ -16,6 +17,7 @@ WEIGHT: dict[str, type[WeightQuantizer]] = {
     "irnet": IrNetWeight,
     "sign": SignWeight,
     "pruned": Pruned,
+    "categorical": CategoricalWeight,
 }
 
 ACT: dict[str, type[ActQuantizer]] = {

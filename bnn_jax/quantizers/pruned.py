@@ -50,6 +50,10 @@ class Pruned(WeightQuantizer):
 
     def setup(self):
         self.quantizer = self.inner()
+        kernel_shape = (3, 3, 1, 1)
+        if self.quantizer.latent_shape(kernel_shape) != kernel_shape:
+            kind = type(self.quantizer).__name__
+            raise ValueError(f"pruned quantizer: inner={kind}: its latent weights are no kernel, so there are no norms")
 
     @property
     def stored_bits(self) -> float:
