@@ -113,7 +113,7 @@ class OptimSpec:
     """How the parameters are optimised.
 
     Attributes:
-      optimizer: 'sgd' (options momentum, nesterov) or 'adam' (options b1, b2, eps).
+      optimizer: 'sgd' (options momentum, nesterov, dampening) or 'adam' (options b1, b2, eps).
       learning_rate: schedule of the learning rate; its boundaries are in epochs.
       epochs: number of passes over the training images.
       batch_size: global batch size in images.
