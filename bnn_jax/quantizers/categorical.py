@@ -126,9 +126,15 @@ class CategoricalWeight(WeightQuantizer):
         if ctx.train and NOISE_KNOB in ctx.knobs:
             gumbel = jax.random.gumbel(self.make_rng("quant"), latent.shape, latent.dtype)
             scores = categorical.with_noise(latent, gumbel, ctx.knobs[NOISE_KNOB])
-        choose = categorical.CHOICES[self.mode if ctx.train else "hard"]
-        chosen = choose(scores, self.candidates, ctx.knobs.get(TEMPERATURE_KNOB, 1.0))
-        base = self.base(latent)
+        mode = self.mode if ctx.train else "hard"
+        return self.choose(scores, mode=mode, temperature=ctx.knobs.get(TEMPERATURE_KNOB, 1.0))
+
+    def choose(
+        self, scores: jax.Array, *, mode: Literal["hard", "soft"] = "hard", temperature: jax.Array | float = 1.0
+    ) -> jax.Array:
+        """The weights (kh, kw, I, O) of scores (K, kh, kw, I, O)."""
+        chosen = categorical.CHOICES[mode](scores, self.candidates, temperature)
+        base = self.base(scores)
         return chosen if base is None else chosen * base
 
     def real_kernel(self, latent: jax.Array) -> jax.Array:
@@ -142,7 +148,7 @@ class CategoricalWeight(WeightQuantizer):
 
     def encode(self, latent: jax.Array) -> Encoded:
         levels = jnp.asarray(self.weight_levels, jnp.float32)
-        indices = jnp.searchsorted(levels, self(latent, QuantContext()))
+        indices = jnp.searchsorted(levels, self.choose(latent))
         dtype = jnp.uint8 if levels.size <= 256 else jnp.uint16
         return Encoded(indices=indices.astype(dtype), levels=levels, scale=jnp.ones(()))
 

@@ -58,8 +58,13 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term."""
+    """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term.
+
+    ``train_top5`` is among them where it was summed.
+    """
     totals = {name: float(value) for name, value in jax.device_get(sums).items()}
     count = max(totals["count"], 1.0)
     terms = {name: value / count for name, value in totals.items() if "/" in name}
-    return {"train_loss": totals["loss"] / count, "train_top1": 100.0 * totals["correct"] / count, **terms}
+    shares = {"train_top1": "correct", "train_top5": "correct5"}
+    accuracies = {name: 100.0 * totals[key] / count for name, key in shares.items() if key in totals}
+    return {"train_loss": totals["loss"] / count, **accuracies, **terms}

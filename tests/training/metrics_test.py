@@ -61,3 +61,5 @@ def test_means_of_an_epoch_come_from_its_sums():
     sums = {"count": 20.0, "correct": 5.0, "loss": 30.0, "loss/cross_entropy": 10.0, "non_finite_step": -1}
     means = metrics.epoch_means({name: jnp.asarray(value) for name, value in sums.items()})
     assert means == {"train_loss": 1.5, "train_top1": 25.0, "loss/cross_entropy": 0.5}
+    means = metrics.epoch_means({name: jnp.asarray(value) for name, value in {**sums, "correct5": 15.0}.items()})
+    assert (means["train_top1"], means["train_top5"]) == (25.0, 75.0)

@@ -16,6 +16,7 @@ from tests.golden.weight_search.parts import (
     check_optimizer,
     check_published_curves,
 )
+from tests.golden.weight_search.training import check_train
 
 CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     ("categorical_.+", check_categorical),
@@ -25,4 +26,5 @@ CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     ("optimizer", check_optimizer),
     ("published_curves", check_published_curves),
     ("net_.+", check_net),
+    ("train_.+", check_train),
 )
