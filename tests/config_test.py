@@ -44,7 +44,7 @@ def test_validation_is_idempotent():
 
 def test_every_method_has_a_section_and_its_defaults_fill_it():
     assert set(SECTIONS) == set(METHODS)
-    for name, section in (("asbq", common.asbq()), ("skd", common.skd())):
+    for name, section in (("asbq", common.asbq()), ("skd", common.skd()), ("weight_search", common.weight_search())):
         assert set(flatten({name: section.to_dict()})) == set(SECTIONS[name])
     assert set(flatten(common.base().to_dict())) == set(COMMON)
 

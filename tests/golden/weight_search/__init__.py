@@ -15,6 +15,7 @@ from tests.golden.weight_search.parts import (
     check_layer,
     check_optimizer,
     check_published_curves,
+    check_schedules,
 )
 from tests.golden.weight_search.training import check_train
 
@@ -25,6 +26,7 @@ CHECKS: tuple[tuple[str, Callable[[GoldenFile, Comparison], None]], ...] = (
     ("by_bit", check_by_bit),
     ("optimizer", check_optimizer),
     ("published_curves", check_published_curves),
+    ("schedules", check_schedules),
     ("net_.+", check_net),
     ("train_.+", check_train),
 )

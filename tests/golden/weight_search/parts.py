@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bnn_jax import methods
+from bnn_jax.config import validate
 from bnn_jax.layers import QuantConv, QuantDense
 from bnn_jax.ops import categorical
 from bnn_jax.quantizers import QuantContext, build_weight
 from bnn_jax.quantizers.categorical import VALUE_SETS
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec, spec
+from bnn_jax.training import schedules
 from bnn_jax.training.optim import group_labels, make_optimizer
+from configs import weight_search_resnet18, weight_search_resnet20, weight_search_vgg_small
 from tests.golden.asbq.support import nchw, nhwc
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.weight_search.support import (
@@ -219,6 +223,47 @@ def _recipe(
         batch_size=1,
         groups=(*([searched] if two_groups else []), ParameterGroup(".*", weight_decay=decay)),
     )
+
+
+# Configs of the project for the release's files of settings, and what has to be changed.
+RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vggsmall-200": (weight_search_vgg_small, {}),
+    "resnet20-200": (weight_search_resnet20, {}),
+    "resnet18-120": (weight_search_resnet18, {}),
+    "resnet18-120-fast": (weight_search_resnet18, {"temperature_rate": 0.94}),
+    "resnet18-120-faster": (weight_search_resnet18, {"temperature_rate": 0.93}),
+    "resnet18-lqnet": (
+        weight_search_resnet18,
+        {
+            "temperature_rate": 0.94,
+            "temperature_floor": 1e-3,
+            "learning_rate_boundaries": (10.0, 30.0, 60.0, 85.0, 95.0, 105.0),
+        },
+    ),
+}
+
+
+def check_schedules(file: GoldenFile, result: Comparison) -> None:
+    """Temperature and learning rate, epoch by epoch, of every recipe as our configs state it; a cosine by step."""
+    for match in file.cases(r"(.+)/temp$"):
+        name = match.group(1)
+        module, changes = RECIPES[name]
+        config = module.get_config()
+        config.weight_search.update(changes)
+        (stage,) = methods.build(validate(config.to_dict()))
+        timing = {"steps_per_epoch": 7, "epochs": stage.optim.epochs}
+        first_steps = 7 * jnp.arange(stage.optim.epochs)
+        own = {"temp": dict(stage.knobs)["temperature"], "lr_epoch": stage.optim.learning_rate}
+        for what, choice in own.items():
+            reference = file[f"{name}/{what}"]
+            # The release's cosine is a recursion: relative to its largest value.
+            atol = 1e-6 * reference.max() if choice.name.startswith("cosine") else 0.0
+            values = jax.vmap(schedules.build(choice, **timing))(first_steps)
+            result.close(f"{name}/{what}", values, reference, rtol=1e-6, atol=atol)
+    for match in file.cases(r"perbatch_lr([\d.]+)_total(\d+)$"):
+        rate, total = float(match.group(1)), int(match.group(2))
+        schedule = schedules.build(spec("cosine", initial=rate), steps_per_epoch=total, epochs=1)
+        result.close(match.group(), jax.vmap(schedule)(jnp.arange(total)), file[match.group()], atol=1e-6 * rate)
 
 
 # Best and last top-1 in percent of the published runs (specification, sections 1 and 4), and the best one's epoch.
