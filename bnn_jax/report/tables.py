@@ -83,14 +83,23 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def describe_quantizer(spec: Spec) -> str:
-    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', '-' for the identity."""
+    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', 'categorical po2-2b', '-' for the identity."""
     options = spec.kwargs
     inner = options.get("inner")
     if isinstance(inner, Spec):
         return spec.name if inner == IDENTITY else f"{describe_quantizer(inner)} + {spec.name}"
     if spec == IDENTITY:
         return MISSING
+    if "values" in options:
+        return f"{spec.name} {_describe_values(options['values'])}"
     return f"{spec.name} {format_number(options['bits'])}" if "bits" in options else spec.name
+
+
+def _describe_values(values: str | Sequence[float]) -> str:
+    """The name of a list of values, or the list itself if it is short."""
+    if isinstance(values, str):
+        return values
+    return ", ".join(f"{value:g}" for value in values) if len(values) <= 4 else f"of {len(values)} values"
 
 
 def describe_schedule(spec: Spec) -> str:

@@ -1,5 +1,6 @@
 """The record of a stage: one JSON line per epoch, appended as it happens and cut back on resume."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -55,6 +56,22 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         temporary.replace(path)
     return kept
+
+
+def write_csv(records: list[dict[str, Any]], path: Path) -> None:
+    """Writes the records as a table for other programs: a row for each epoch, a column for each key.
+
+    Args:
+      records: of one stage.
+      path: file to write, in one step.
+    """
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(records)
+    temporary.replace(path)
 
 
 def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:

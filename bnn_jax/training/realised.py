@@ -1,12 +1,14 @@
 """The weights in use: what the weight quantizers of a network make of its variables, layer by layer."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.quantizers.base import Encoded, QuantContext, WeightQuantizer
@@ -45,6 +47,28 @@ def encoded_weights(
     with nn.intercept_methods(interceptor):
         jax.eval_shape(lambda images: network.apply(variables, images, QuantContext()), images)
     return found
+
+
+def save_weights(path: Path, encoded: Mapping[str, Encoded]) -> None:
+    """Writes the weights in use to a compressed ``.npz``, in one step: the old file or the whole new one.
+
+    For each layer: ``LAYER/kernel`` (kh, kw, I, O) or (I, O), float32, the weights as they are multiplied; and
+    ``LAYER/indices``, ``LAYER/levels``, ``LAYER/scale``, of which they are looked up. Latent weights (logits) are in
+    the checkpoints.
+
+    Args:
+      path: file to write.
+      encoded: by path of the layer.
+    """
+    arrays = {}
+    for layer, weights in encoded.items():
+        parts = {"kernel": weights.decode(), "indices": weights.indices, "levels": weights.levels}
+        parts["scale"] = weights.scale
+        arrays.update({f"{layer}/{name}": np.asarray(value) for name, value in parts.items()})
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)
 
 
 def put_base(variables: dict[str, Any], fresh: dict[str, Any], encoded: Mapping[str, Encoded]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import jax.numpy as jnp
@@ -55,6 +56,18 @@ def test_after_cutting_back_a_torn_line_the_next_record_stands_alone(path):
     metrics.cut_back(path, 6)
     metrics.append(path, {"epoch": 2, "step": 9})
     assert metrics.read(path) == [*RECORDS, {"epoch": 2, "step": 9}]
+
+
+def test_the_table_has_a_row_for_each_record_and_a_column_for_each_key(tmp_path):
+    records = [{"epoch": 0, "train_loss": 0.5}, {"epoch": 1, "train_loss": 0.25, "note": "a, b"}]
+    metrics.write_csv(records, tmp_path / "metrics.csv")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"epoch": "0", "train_loss": "0.5", "note": ""},
+        {"epoch": "1", "train_loss": "0.25", "note": "a, b"},
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 def test_means_of_an_epoch_come_from_its_sums():

@@ -5,7 +5,7 @@ import pytest
 
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import IDENTITY, Spec, spec
-from bnn_jax.training.realised import encoded_weights, put_base
+from bnn_jax.training.realised import encoded_weights, put_base, save_weights
 from tests.training import tiny
 
 IMAGE_SHAPE = (tiny.SIZE, tiny.SIZE, 3)
@@ -62,3 +62,16 @@ def test_a_layer_without_weights_to_take_is_refused_by_name():
         ValueError, match=r"^fixed weights of conv: none where they are taken from, expected \(3, 3, 3, 4\)$"
     ):
         put_base(fresh, fresh, {})
+
+
+def test_saved_weights_can_be_read_with_numpy_alone(tmp_path):
+    weight = spec("categorical", values=(-0.3, 0.1, 0.7))
+    encoded = encoded_weights(network(weight), variables(weight), IMAGE_SHAPE)
+    save_weights(tmp_path / "weights.npz", encoded)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.npz"]
+    with np.load(tmp_path / "weights.npz") as file:
+        arrays = {name.removeprefix("conv/"): file[name] for name in file.files}
+    assert set(arrays) == {"kernel", "indices", "levels", "scale"}
+    assert (arrays["kernel"].shape, arrays["indices"].dtype) == ((3, 3, 3, 4), np.uint8)
+    np.testing.assert_array_equal(arrays["levels"], np.float32([-0.3, 0.1, 0.7]))
+    np.testing.assert_array_equal(arrays["levels"][arrays["indices"]] * arrays["scale"], arrays["kernel"])
