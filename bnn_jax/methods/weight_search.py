@@ -7,8 +7,8 @@ temperature of the gradient falls from epoch to epoch. The first convolution and
   paper    cosine by epoch, as the published runs were made
   release  cosine by step, as the last commit has it for all networks but ResNet-20, whose file says nothing
 
-Reference: Lu et al., "Quantization Through Search: A Novel Scheme to Quantize Convolutional Neural Networks in Finite
-  Weight Space", ASP-DAC 2023; release: qinglu0330/DNN-weight-search.
+Reference: release: qinglu0330/DNN-weight-search, which cites no paper; very likely the code of Lu et al., "Quantization
+  Through Search: A Novel Scheme to Quantize Convolutional Neural Networks in Finite Weight Space", ASP-DAC 2023.
 """
 
 import dataclasses

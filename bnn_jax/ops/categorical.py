@@ -8,7 +8,8 @@ differentiating through one-hot vectors keeps several tensors of its size (``ben
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 Values = tuple[float, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def hard_choice(scores: jax.Array, values: Values, temperature: jax.Array | float) -> jax.Array:
     """The candidate of the highest score, with the gradient of the tempered expectation.
 
@@ -35,14 +35,9 @@ def hard_choice(scores: jax.Array, values: Values, temperature: jax.Array | floa
 
     Reference: release: qinglu0330/DNN-weight-search: core/categorical.py.
     """
-    best, value = scores[0], jnp.full(scores.shape[1:], values[0], scores.dtype)
-    for score, candidate in zip(scores[1:], values[1:], strict=True):
-        better = score > best
-        best, value = jnp.where(better, score, best), jnp.where(better, candidate, value)
-    return value
+    return _choice(scores, values, "hard", temperature)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def soft_choice(scores: jax.Array, values: Values, temperature: jax.Array | float) -> jax.Array:
     """The expectation of the candidates.
 
@@ -57,10 +52,10 @@ def soft_choice(scores: jax.Array, values: Values, temperature: jax.Array | floa
     Returns:
       (...), in the type of ``scores``.
 
-    Reference: release: qinglu0330/DNN-weight-search: core/categorical.py (option --soft); Yang et al. 2020
-      (arXiv 2009.08695), equation 2.
+    Reference: release: qinglu0330/DNN-weight-search: core/categorical.py (option --soft); SLB, Yang et al. 2020
+      (arXiv 2009.08695).
     """
-    return _expectation(*_unnormalized(scores, temperature), values)
+    return _choice(scores, values, "soft", temperature)
 
 
 def chosen_index(scores: jax.Array) -> jax.Array:
@@ -96,23 +91,22 @@ def with_noise(logits: jax.Array, gumbel: jax.Array, factor: jax.Array | float) 
     return logits + factor * gumbel
 
 
-def _sum(terms: Sequence[jax.Array]) -> jax.Array:
-    """Sum over the candidates. As K additions, not as a reduction: XLA:CPU turns those into vector code."""
-    return functools.reduce(jnp.add, terms)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _choice(scores: jax.Array, values: Values, mode: str, temperature: jax.Array | float) -> Any:
+    if mode == "soft":
+        return _expectation(*_unnormalized(scores, temperature), values)
+    best, value = scores[0], jnp.full(scores.shape[1:], values[0], scores.dtype)
+    for score, candidate in zip(scores[1:], values[1:], strict=True):
+        better = score > best
+        best, value = jnp.where(better, score, best), jnp.where(better, candidate, value)
+    return value
 
 
-def _unnormalized(scores: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """``exp((scores - max) / T)`` (K, ...), and its sum over the candidates (...)."""
-    highest = functools.reduce(jnp.maximum, scores)
-    exponentials = jnp.exp((scores - highest[None]) * (1 / jnp.asarray(temperature, scores.dtype)))
-    return exponentials, _sum(exponentials)
+def _forward(scores: jax.Array, values: Values, mode: str, temperature: jax.Array | float) -> tuple[Any, tuple]:
+    return _choice(scores, values, mode, temperature), (scores, jnp.asarray(temperature))
 
 
-def _expectation(exponentials: jax.Array, total: jax.Array, values: Values) -> jax.Array:
-    return _sum([value * exponential for value, exponential in zip(values, exponentials, strict=True)]) / total
-
-
-def _backward(values: Values, residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(values: Values, mode: str, residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gradient of the expectation. Its form decides what XLA keeps: two tensors without the candidate axis."""
     scores, temperature = residuals
     exponentials, total = _unnormalized(scores, temperature)
@@ -122,15 +116,24 @@ def _backward(values: Values, residuals: tuple, cotangent: jax.Array) -> tuple[j
     return factor[None] * exponentials * (candidates - mean[None]), jnp.zeros_like(temperature)
 
 
-def _define_gradient(function: jax.custom_vjp) -> None:
-    def forward(scores: jax.Array, values: Values, temperature: jax.Array | float) -> tuple[jax.Array, tuple]:
-        return function(scores, values, temperature), (scores, jnp.asarray(temperature))
-
-    function.defvjp(forward, _backward)
+_choice.defvjp(_forward, _backward)
 
 
-_define_gradient(hard_choice)
-_define_gradient(soft_choice)
+def _unnormalized(scores: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """``exp((scores - max) / T)`` (K, ...), and its sum over the candidates (...)."""
+    highest = functools.reduce(jnp.maximum, list(scores))
+    exponentials = jnp.exp((scores - highest[None]) * (1 / jnp.asarray(temperature, scores.dtype)))
+    return exponentials, _sum(list(exponentials))
+
+
+def _expectation(exponentials: jax.Array, total: jax.Array, values: Values) -> jax.Array:
+    return _sum([value * exponential for value, exponential in zip(values, exponentials, strict=True)]) / total
+
+
+def _sum(terms: list[jax.Array]) -> jax.Array:
+    """Sum over the candidates. As K additions, not as a reduction: XLA:CPU turns those into vector code."""
+    return functools.reduce(jnp.add, terms)
+
 
 CHOICES: dict[str, Callable[[jax.Array, Values, jax.Array | float], jax.Array]] = {
     "hard": hard_choice,

@@ -50,7 +50,7 @@ def candidates_of(values: Any) -> tuple[float, ...]:
         raise ValueError(f"values={values!r}: {accepted}") from None
     # In float32, in which they are used, they have to be finite and different too.
     representable = all(abs(value) <= float(np.finfo(np.float32).max) for value in found)
-    if not representable or len(set(np.float32(found))) < max(len(found), 2):
+    if not representable or len(set(map(np.float32, found))) < max(len(found), 2):
         raise ValueError(f"values={values!r}: {accepted}")
     return found
 

@@ -82,7 +82,8 @@ def put_base(variables: dict[str, Any], fresh: dict[str, Any], encoded: Mapping[
     Raises:
       ValueError: a layer with fixed weights that the other network has no encoded weights for, or of another shape.
     """
-    flat, flat_fresh = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (variables, fresh))
+    flat: dict[str, Any] = flax.traverse_util.flatten_dict(variables, sep="/")
+    flat_fresh: dict[str, Any] = flax.traverse_util.flatten_dict(fresh, sep="/")
     for path, ones in flat_fresh.items():
         if not (path.startswith("quant_state/") and path.endswith("/weight_quantizer/base")):
             continue
