@@ -21,7 +21,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
                          evaluate: which stage, NAME or NAME@best; summary: which stage
   --checkpoint=PATH      evaluate: a PyTorch file (.pth, .pth.tar, .th) or a checkpoint folder
   --fresh                train: move an existing run folder aside and start anew
-  --json                 evaluate, summary, report: one JSON object as the last line
+  --json                 one JSON object as the last line
   --help                 this text
 
 example: python launch.py --config=configs/quickstart.py

@@ -14,8 +14,8 @@ from bnn_jax.data.augment import prepare_eval, prepare_train
 from bnn_jax.data.base import ResidentSource, index_plan
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.objectives import Objective
-from bnn_jax.stages import Stage, parse_reference
-from bnn_jax.training import create, schedules
+from bnn_jax.stages import QuantSpec, Stage, parse_reference
+from bnn_jax.training import create, projections, schedules
 from bnn_jax.training.checkpoint import CheckpointStore, describe
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
@@ -182,11 +182,17 @@ def assemble(run: Run, stage: Stage, source: ResidentSource) -> Assembly:
             stage.optim, shapes["params"], schedule=schedule, unused_parameters=network.unused_parameters
         ),
         prepare=functools.partial(
-            prepare_train, mean=source.mean, std=source.std, augment=source.augment, pad=source.pad
+            prepare_train,
+            mean=source.mean,
+            std=source.std,
+            augment=source.augment,
+            pad=source.pad,
+            lighting=stage.data.lighting,
         ),
         knobs={name: schedules.build(knob, **timing) for name, knob in stage.knobs},
         teacher=_teacher_network(run, stage, source) if needs_teacher(terms) else None,
         log_gradient_norms=stage.log_gradient_norms,
+        projections=tuple(projections.build(projection) for projection in stage.projections),
     )
     return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
 
@@ -195,15 +201,23 @@ def _teacher_network(run: Run, stage: Stage, source: ResidentSource) -> Any:
     if stage.teacher is None:
         raise UserError(f"stage {stage.name}: an objective needs a teacher, and the stage names none")
     parsed = parse_reference(stage.teacher)
-    teacher = run.find(parsed.target) if parsed.kind == "stage" else stage
+    teacher = run.find(parsed.target) if parsed.kind == "stage" else _stage_of_teacher_file(stage)
     return run.network(teacher, num_classes=source.num_classes)
+
+
+def _stage_of_teacher_file(stage: Stage) -> Stage:
+    """The stage with the network whose variables a teacher's file holds."""
+    if stage.teacher_network is None:
+        return stage
+    return dataclasses.replace(stage, network=stage.teacher_network, quant=QuantSpec())
 
 
 def teacher_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     """Variables of the stage's teacher, or {} where no objective needs one."""
     if assembly.parts.teacher is None or assembly.stage.teacher is None:
         return {}
-    return run.referenced(assembly.stage.teacher, source=assembly.source, default=assembly.stage)[1]
+    default = _stage_of_teacher_file(assembly.stage)
+    return run.referenced(assembly.stage.teacher, source=assembly.source, default=default)[1]
 
 
 def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:

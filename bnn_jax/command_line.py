@@ -3,6 +3,7 @@
 Results go to stdout, the log of the work to stderr. With ``--json`` the last line of stdout is one JSON object.
 """
 
+import collections
 import importlib.util
 import json
 import sys
@@ -18,6 +19,9 @@ from bnn_jax.errors import UserError
 
 MODES = ("train", "evaluate", "summary", "report")
 
+# The modes that read an option; the others refuse it.
+OPTION_MODES = {"stage": ("train", "evaluate", "summary"), "checkpoint": ("evaluate",), "fresh": ("train",)}
+
 
 def parse(argv: Sequence[str]) -> Any:
     """Parses the command line, loads the config file and applies the overrides.
@@ -31,40 +35,44 @@ def parse(argv: Sequence[str]) -> Any:
     Raises:
       UserError: one line about what is wrong.
     """
-    argv = _config_first(argv)
-    config = _load_config(argv[1].partition("=")[2])
-    _check_override_keys(argv, config)
-    values = _define_flags()
-    # config_flags looks for overrides in sys.argv, not in what it is given.
-    previous, sys.argv = sys.argv, argv
+    path, argv = _split_config(argv)
+    config = _load_config(path)
+    argv = _last_overrides(argv, config)
     try:
+        values = _define_flags(config, argv)
         rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise UserError(_describe_illegal_value(one_line(error), config)) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"command line: {one_line(error)}; --help lists the options") from None
-    finally:
-        sys.argv = previous
     if rest:
         raise UserError(f"command line: {rest[0]!r} is no option; --help lists the options")
     if values.mode not in MODES:
         raise UserError(f"--mode={values.mode}: accepted are {', '.join(MODES)}")
+    _refuse_unused(values)
     return values
 
 
-def _define_flags() -> flags.FlagValues:
+def _refuse_unused(values: flags.FlagValues) -> None:
+    """Raises UserError for an option that the mode would ignore."""
+    for name, modes in OPTION_MODES.items():
+        if values[name].value and values.mode not in modes:
+            raise UserError(f"--{name} is of no use with --mode={values.mode}: accepted with {', '.join(modes)}")
+
+
+def _define_flags(config: ConfigDict, argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     for name in ("workdir", "stage", "checkpoint"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
     flags.DEFINE_bool("fresh", False, "start anew", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON as the last line", flag_values=values)
-    config_flags.DEFINE_config_file("config", None, "config", flag_values=values)
+    config_flags.DEFINE_config_dict("config", config, "config", flag_values=values, sys_argv=argv)
     return values
 
 
-def _config_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with ``--config=FILE`` in front, since overrides are only understood behind it."""
+def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of ``--config``, and the other arguments."""
     rest, config = [], None
     arguments = iter(argv[1:])
     for argument in arguments:
@@ -75,7 +83,7 @@ def _config_first(argv: Sequence[str]) -> list[str]:
             rest.append(argument)
     if not config:
         raise UserError("--config is missing, e.g. --config=configs/quickstart.py; --help lists the options")
-    return [argv[0], f"--config={config}", *rest]
+    return config, [argv[0], *rest]
 
 
 def _load_config(value: str) -> ConfigDict:
@@ -97,12 +105,26 @@ def _load_config(value: str) -> ConfigDict:
     return config
 
 
-def _check_override_keys(argv: Sequence[str], config: ConfigDict) -> None:
+def _last_overrides(argv: Sequence[str], config: ConfigDict) -> list[str]:
+    """The arguments with only the last override of each key: of a tuple given twice, config_flags would add up the two.
+
+    Raises:
+      UserError: an override of a key the config does not have.
+    """
     known = flatten(config.to_dict())
-    for argument in argv[2:]:
+    overrides, rest = {}, []
+    arguments = collections.deque(argv[1:])
+    while arguments:
+        argument = arguments.popleft()
         name = argument.partition("=")[0].lstrip("-")
-        if name.startswith("config.") and name.removeprefix("config.") not in known:
+        if not name.startswith("config."):
+            rest.append(argument)
+            continue
+        if name.removeprefix("config.") not in known:
             raise UserError(f"--{name}: unknown key; {suggest(name.removeprefix('config.'), known)}")
+        apart = "=" not in argument and arguments and not arguments[0].startswith("--")
+        overrides[name] = f"{argument}={arguments.popleft()}" if apart else argument
+    return [argv[0], *overrides.values(), *rest]
 
 
 def _describe_illegal_value(message: str, config: ConfigDict) -> str:
@@ -140,9 +162,9 @@ def run(values: Any) -> None:
     job = pipeline.Run(config, Path(values.workdir or Path("runs") / config["name"]))
     if values.mode == "train":
         tables.show(tables.stages_table(job.stages), file=sys.stderr)
-        tables.show(tables.results_table(pipeline.train(job, from_stage=values.stage, fresh=values.fresh)))
-        return
-    if values.mode == "evaluate":
+        result = {"stages": pipeline.train(job, from_stage=values.stage, fresh=values.fresh)}
+        tables.show(tables.results_table(result["stages"]))
+    elif values.mode == "evaluate":
         checkpoint = Path(values.checkpoint) if values.checkpoint else None
         result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
         print(
@@ -150,9 +172,10 @@ def run(values: Any) -> None:
             f"loss {result['loss']:.4f}  ({result['num_images']:,} images, {result['checkpoint']})"
         )
     elif values.mode == "summary":
-        costs = pipeline.summary(job, stage_name=values.stage)
+        name = values.stage or job.stages[-1].name
+        costs = pipeline.summary(job, stage_name=name)
         tables.show(costs.table())
-        result = costs.to_json()
+        result = {"stage": name, **costs.to_json()}
     else:
         result = pipeline.report(job)
         tables.show(tables.results_table(result["stages"]))

@@ -59,6 +59,10 @@ OBJECTIVE_NAMES = _range(
     lambda names: len(set(names)) == len(names) and set(names) <= {"feature_swap", "label_bank", "cluster"},
 )
 
+TEACHER = _range(
+    "'stage' or 'file:PATH'", lambda value: value == "stage" or (value.startswith("file:") and value != "file:")
+)
+
 COMMON: dict[str, Key] = {
     "method": Key(str),
     "name": Key(str),
@@ -71,6 +75,7 @@ COMMON: dict[str, Key] = {
     "data.validation_fraction": Key(float, FRACTION),
     "data.augment": Key(str, ("pad_crop_flip", "pad_crop", "edge_crop_flip", "none")),
     "data.normalize": Key(bool),
+    "data.lighting": Key(str, ("none", "release", "paper")),
     "data.image_size": Key(int, POSITIVE, optional=True),
     "data.num_classes": Key(int, _range("2 or more", lambda value: value >= 2), optional=True),
     "train.batch_size": Key(int, POSITIVE),
@@ -150,6 +155,22 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "weight_search.activations": Key(str),
         "weight_search.activation_bits": Key(int, _range("1 to 8", lambda value: 1 <= value <= 8)),
     },
+    "snn": {
+        "snn.preset": Key(str, ("paper", "release_1gpu", "release_4gpu")),
+        "snn.tau": Key(int, _range("1 to 9", lambda value: 1 <= value <= 9)),
+        "snn.two_step": Key(bool),
+        "snn.epochs": Key(tuple, ALL_POSITIVE, item=int),
+        "snn.learning_rate": Key(float, POSITIVE),
+        "snn.weight_decays": Key(tuple, ALL_NOT_NEGATIVE, item=float),
+        "snn.refine": Key(bool, optional=True),
+        "snn.refine_interval": Key(int, POSITIVE),
+        "snn.maintenance": Key(str, ("clean", "release"), optional=True),
+        "snn.pattern_optimizer": Key(str, ("release14", "skip"), optional=True),
+        "snn.teacher": Key(str, TEACHER),
+        "snn.teacher_network": Key(str),
+        "snn.teacher_epochs": Key(int, POSITIVE),
+        "snn.teacher_learning_rate": Key(float, POSITIVE),
+    },
 }
 
 # Keys that say where or how a run is done, not what it computes: they may change between a run and its continuation.
@@ -161,6 +182,10 @@ LOCATION_KEYS = frozenset(
         "train.checkpoint_seconds",
     }
 )
+
+
+# Keys added after runs were made, with the value that stands for what those runs did: their folders stay usable.
+ADDED_LATER = {"data.lighting": "none"}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -200,7 +225,13 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in flat:
             raise UserError(f"config.{key} is missing; see configs/common.py")
     values = {key: _check(key, flat[key], schema[key]) for key in schema}
-    for key, table in (("network", NETWORKS), ("weight_search.activations", ACT), ("data.name", SOURCES)):
+    tables = {
+        "network": NETWORKS,
+        "snn.teacher_network": NETWORKS,
+        "weight_search.activations": ACT,
+        "data.name": SOURCES,
+    }
+    for key, table in tables.items():
         if key in values and values[key] not in table:
             raise UserError(f"config.{key}={values[key]!r}: accepted are {', '.join(table)}")
     if "weight_search.values" in values:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax import data, run_folder
@@ -25,8 +26,9 @@ from bnn_jax.assembly import (
 )
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.errors import Interrupted, UserError
+from bnn_jax.quantizers import build_weight
 from bnn_jax.report import complexity, levels, pictures, plots
-from bnn_jax.stages import Stage, fingerprint
+from bnn_jax.stages import Stage, fingerprint, parse_reference
 from bnn_jax.training import create, metrics
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
@@ -72,15 +74,36 @@ def check(run: Run) -> None:
     Raises:
       UserError: what cannot be built.
     """
-    image_shape, num_classes = data.describe(run.stages[0].data)
     for stage in run.stages:
+        _check_files(stage)
         build_objectives(stage)
-        network = run.network(stage, num_classes=num_classes)
-        try:
-            create.variable_shapes(network, image_shape)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
-            raise UserError(f"stage {stage.name}: {what}: {error}") from error
+        _network_of(run, stage)
+
+
+def _check_files(stage: Stage) -> None:
+    """Looks whether the files exist that a stage starts from; what is in them shows when it reads them."""
+    for field in ("init_from", "teacher"):
+        reference = getattr(stage, field)
+        parsed = None if reference is None else parse_reference(reference)
+        if parsed is not None and parsed.kind == "file" and not Path(parsed.target).exists():
+            raise UserError(f"stage {stage.name}: {field} {reference!r}: no such file or folder")
+
+
+def _network_of(run: Run, stage: Stage) -> tuple[Any, dict[str, Any]]:
+    """The stage's network and the shapes of its variables.
+
+    Raises:
+      UserError: it cannot be built, or not for images of this size.
+    """
+    image_shape, num_classes = data.describe(stage.data)
+    network = run.network(stage, num_classes=num_classes)
+    try:
+        return network, create.variable_shapes(network, image_shape)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
+        # Nothing is left of a feature map after too many strides, and a mean over it divides by zero.
+        why = "they are too small" if isinstance(error, ZeroDivisionError) else " ".join(str(error).split())
+        raise UserError(f"stage {stage.name}: {what}: {why}") from error
 
 
 def _move_aside(path: Path) -> None:
@@ -216,9 +239,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         run_folder.check_owner(run.folder, run.config, run.stages)
         stage = run.find(name) if name else _last_finished(run)
     # The variables are read before the images: a wrong checkpoint shows at once.
-    image_shape, num_classes = data.describe(stage.data)
-    network = run.network(stage, num_classes=num_classes)
-    shapes = create.variable_shapes(network, image_shape)
+    network, shapes = _network_of(run, stage)
     if checkpoint is not None:
         variables, path = load_checkpoint(checkpoint, shapes), checkpoint
     else:
@@ -239,19 +260,28 @@ def _last_finished(run: Run) -> Stage:
 
 
 def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity:
-    """Costs of a stage's network, layer by layer; None is the last stage."""
+    """Costs of a stage's network, layer by layer; None is the last stage.
+
+    Raises:
+      UserError: no such stage, or its network cannot be built.
+    """
     stage = run.find(stage_name) if stage_name else run.stages[-1]
-    image_shape, num_classes = data.describe(stage.data)
-    return complexity.complexity(run.network(stage, num_classes=num_classes), image_shape)
+    network, _ = _network_of(run, stage)
+    image_shape, _ = data.describe(stage.data)
+    title = f"Stage {stage.name}: {stage.network.name}, images of {'x'.join(map(str, image_shape))}"
+    others = [f"--stage={other.name}" for other in run.stages if other is not stage]
+    if others:
+        title += f"\n(other stages: {', '.join(others)})"
+    return dataclasses.replace(complexity.complexity(network, image_shape), title=title)
 
 
 def report(run: Run) -> dict[str, Any]:
     """Results of the finished stages, and pictures, saved in the run folder.
 
     ``chain.png`` shows the test accuracies of all stages, ``accuracies.png`` those of training and top-5 beside them.
-    Further ones are those the objectives offer, each of the last finished stage that offers it: ``label_bank.png``,
-    ``features.png``. What one of these cannot be drawn from (the data set is not at hand) is said on stderr, and the
-    report goes on without it.
+    Further ones are those the objectives and quantizers offer, each of the last finished stage that offers it:
+    ``label_bank.png``, ``features.png``, ``pattern_use.png``, ``pattern_motion.png``. What one of these cannot be drawn
+    from (the data set is not at hand) is said on stderr, and the report goes on without it.
 
     Returns:
       ``stages``, the results; ``picture``, the path of the chain's; ``pictures``, the paths of all.
@@ -277,8 +307,12 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:
-    """Draws the pictures the objectives offer; returns those that could be drawn."""
-    stage_of = {name: stage for stage in finished for name in pictures.offered(build_objectives(stage))}
+    """Draws the pictures the objectives and weight quantizers offer; returns those that could be drawn."""
+    stage_of = {
+        name: stage
+        for stage in finished
+        for name in pictures.offered((*build_objectives(stage), build_weight(stage.quant.weight)(parent=None)))
+    }
     drawn = []
     for name, stage in stage_of.items():
         path = run.folder / f"{name}.png"
@@ -300,8 +334,8 @@ def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
         state = store.restore_items({"objective_state": target})[0]["objective_state"]
 
     def features() -> tuple[np.ndarray, np.ndarray]:
-        network = run.network(stage, num_classes=num_classes)
-        variables = run.load_variables(f"stage:{stage.name}", create.variable_shapes(network, image_shape))
+        network, shapes = _network_of(run, stage)
+        variables = run.load_variables(f"stage:{stage.name}", shapes)
         source = run.load_data(_only_test(stage))
         test = source.test.take(np.arange(min(pictures.MOST_IMAGES, len(source.test))))
         found = features_of(
@@ -314,8 +348,14 @@ def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
         )
         return found, test.labels
 
+    def variables() -> tuple[dict[str, Any], dict[str, Any]]:
+        network, shapes = _network_of(run, stage)
+        # What is drawn from a seed needs no images; what a stage copies is not what its pictures compare.
+        initial = create.init_variables(network, jax.random.key(stage.init_seed), jnp.zeros((1, *image_shape)))
+        return initial, run.load_variables(f"stage:{stage.name}", shapes)
+
     names = data.class_names(stage.data, data_dir=run.config["data"]["data_dir"])
-    return pictures.FinishedStage(stage.name, terms, jax.device_get(state), features, names)
+    return pictures.FinishedStage(stage.name, terms, jax.device_get(state), features, names, variables)
 
 
 def _only_test(stage: Stage) -> Stage:

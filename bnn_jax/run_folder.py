@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import bnn_jax
-from bnn_jax.config import LOCATION_KEYS, flatten
+from bnn_jax.config import ADDED_LATER, LOCATION_KEYS, flatten
 from bnn_jax.errors import UserError
 from bnn_jax.stages import Stage, differing_keys, to_json
 
@@ -100,7 +100,7 @@ def _differences(path: Path, config: Mapping[str, Any], stages: tuple[Stage, ...
         return []
     new = _content(config, stages)
     flat_old, flat_new = (
-        {f"config.{key}": value for key, value in flatten(config).items() if key not in LOCATION_KEYS}
+        {f"config.{key}": value for key, value in (ADDED_LATER | flatten(config)).items() if key not in LOCATION_KEYS}
         for config in (existing.get("config", {}), new["config"])
     )
     return differing_keys(flat_old, flat_new) or differing_keys(existing.get("stages"), new["stages"], "stages")

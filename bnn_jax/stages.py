@@ -72,6 +72,7 @@ class DataSpec:
       augment: 'pad_crop_flip' (zero padding, random crop, horizontal flip), 'pad_crop', 'edge_crop_flip' (padding
         repeats the border) or 'none'.
       normalize: whether the channels are normalised; else pixels are used as they are, in [0, 1].
+      lighting: random change of light of the training images: 'none', 'release' or 'paper', see ``data.augment``.
       options: further options of the source, such as the image size of generated images.
     """
 
@@ -82,6 +83,7 @@ class DataSpec:
     augment: str = "pad_crop_flip"
     normalize: bool = True
     options: tuple[tuple[str, Any], ...] = ()
+    lighting: str = dataclasses.field(default="none", metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ def base() -> ml_collections.ConfigDict:
     config.data.validation_fraction = 0.0  # share of train held out to choose the best epoch; 0: chosen on the test set
     config.data.augment = "pad_crop_flip"  # 'pad_crop_flip' | 'pad_crop' | 'edge_crop_flip' | 'none'
     config.data.normalize = True  # whether the channels are normalised; else pixels stay in [0, 1]
+    config.data.lighting = "none"  # random change of light in training: 'none' | 'release' | 'paper'
     config.data.image_size = config_dict.placeholder(int)  # pixels, for generated or embedded images only
     config.data.num_classes = config_dict.placeholder(int)  # for generated images only
 
@@ -115,6 +116,26 @@ def weight_search() -> ml_collections.ConfigDict:
     return section
 
 
+def snn() -> ml_collections.ConfigDict:
+    """The section of SNN: a teacher, binary activations, then sub-bit weights; empty switches are the preset's."""
+    section = ml_collections.ConfigDict()
+    section.preset = "paper"  # 'paper' | 'release_1gpu' | 'release_4gpu', see bnn_jax/methods/snn.py
+    section.tau = 5  # bits of an index; codebooks have 2**tau patterns, a weight tau/9 bits; 9: ordinary binary weights
+    section.two_step = True  # False: sub-bit weights from scratch, without the step of binary activations
+    section.epochs = (256,)  # per step, or one for both
+    section.learning_rate = 1e-3  # of Adam at the start, falling linearly to 0
+    section.weight_decays = (1e-5, 0.0)  # per step, or one for both
+    section.refine = config_dict.placeholder(bool)  # whether codebooks are trained
+    section.refine_interval = 25  # steps from one gradient of the codebooks to the next
+    section.maintenance = config_dict.placeholder(str)  # rows of new patterns: 'clean' | 'release'
+    section.pattern_optimizer = config_dict.placeholder(str)  # Adam between those steps: 'release14' (goes on) | 'skip'
+    section.teacher = "stage"  # 'stage': trained first | 'file:PATH', a checkpoint of teacher_network
+    section.teacher_network = "standard_resnet20"  # key in bnn_jax.networks.NETWORKS
+    section.teacher_epochs = 200  # config.train has its momentum and weight decay
+    section.teacher_learning_rate = 0.1  # at the start, falling to 0 by a cosine
+    return section
+
+
 def smoke(config: ml_collections.ConfigDict, *, image_size: int, num_classes: int) -> ml_collections.ConfigDict:
     """Two steps per epoch on generated images of the real size: shows that a config runs, needs no data set."""
     config.name = f"{config.name}_smoke"
@@ -137,3 +158,18 @@ def variant(config: ml_collections.ConfigDict, argument: str, **smoke_options: i
     if argument not in ("", "smoke"):
         raise ValueError(f"--config=...:{argument}: accepted behind the colon is 'smoke'")
     return smoke(config, **smoke_options) if argument == "smoke" else config
+
+
+def snn_variant(config: ml_collections.ConfigDict, argument: str, **smoke_options: int) -> ml_collections.ConfigDict:
+    """``variant`` of an SNN config; the smoke form trains a teacher of its own and refines every second step.
+
+    Raises:
+      ValueError: another argument.
+    """
+    config = variant(config, argument, **smoke_options)
+    if argument == "smoke":
+        config.snn.teacher = "stage"
+        config.snn.teacher_epochs = 1
+        config.snn.epochs = (2,)  # the learning rate of the last epoch is 0
+        config.snn.refine_interval = 2
+    return config

@@ -12,6 +12,7 @@ from typing import Any
 from bnn_jax.data import digits, synthetic, tfds_source
 from bnn_jax.data.base import (
     AUGMENTATIONS,
+    LIGHTINGS,
     LoadedImages,
     LoadRequest,
     Purpose,
@@ -121,6 +122,8 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
         raise DataError(f"config.data.name={spec.name!r}: accepted are {', '.join(SOURCES)}")
     if spec.augment not in AUGMENTATIONS:
         raise DataError(f"config.data.augment={spec.augment!r}: accepted are {', '.join(AUGMENTATIONS)}")
+    if spec.lighting not in LIGHTINGS:
+        raise DataError(f"config.data.lighting={spec.lighting!r}: accepted are {', '.join(LIGHTINGS)}")
     if not 0 <= spec.validation_fraction < 1:
         raise DataError(
             f"config.data.validation_fraction={spec.validation_fraction}: accepted is 0 or more and less than 1"
@@ -128,6 +131,8 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
     options = _merge_options(spec, entry.options)
     loaded = entry.load(LoadRequest(spec.num_train, spec.num_eval, data_dir, progress), **options)
     train, validation = _hold_out(loaded.train, fraction=spec.validation_fraction, seed=seed)
+    if spec.lighting != "none" and train.images.shape[3] != 3:
+        raise DataError(f"config.data.lighting={spec.lighting!r}: accepted with images of one channel is 'none'")
     return ResidentSource(
         name=spec.name,
         num_classes=loaded.num_classes,

@@ -14,6 +14,7 @@ import numpy as np
 from bnn_jax.errors import DataError
 
 AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", "none")
+LIGHTINGS = ("none", "release", "paper")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

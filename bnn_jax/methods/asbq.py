@@ -58,6 +58,11 @@ def stage_name(bits: int) -> str:
     return f"w{bits}a{bits}"
 
 
+def has_asbq_blocks(network: str) -> bool:
+    """Whether the network is built of one of the method's blocks; others have none, or some of their own."""
+    return network.startswith("resnet")
+
+
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     """The switches of the run: the preset's values, replaced by those given explicitly.
 
@@ -72,9 +77,9 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         if switches["block"] == "checkpoint" or asbq["block"] not in (None, "imagenet"):
             raise UserError(f"config.asbq.block={switches['block']!r}: accepted with network {network!r} is 'imagenet'")
         switches["block"] = "imagenet"
-    elif network in PLAIN_NETWORKS:
+    elif not has_asbq_blocks(network):
         if asbq["block"] is not None:
-            raise UserError(f"config.asbq.block={asbq['block']!r}: network {network!r} has no blocks; leave it empty")
+            raise UserError(f"config.asbq.block={asbq['block']!r}: {network!r} has no such blocks; leave it empty")
     elif switches["block"] == "imagenet":
         raise UserError(f"config.asbq.block='imagenet': accepted with network {network!r} are 'release', 'checkpoint'")
     return switches
@@ -120,7 +125,7 @@ def _rung(
     previous: str | None,
     seed: int,
 ) -> Stage:
-    network_options = {} if config["network"] in PLAIN_NETWORKS else {"block": switches["block"]}
+    network_options = {"block": switches["block"]} if has_asbq_blocks(config["network"]) else {}
     source = None if previous is None else f"stage:{previous}@{switches['copy_from']}"
     from_copied = previous is not None and switches["prune_source"] == "copied_weights"
     return Stage(

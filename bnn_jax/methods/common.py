@@ -22,6 +22,7 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         validation_fraction=data["validation_fraction"],
         augment=data["augment"],
         normalize=data["normalize"],
+        lighting=data["lighting"],
         options=tuple(sorted(options.items())),
     )
 

@@ -11,6 +11,7 @@ from bnn_jax.layers.conv import QuantConv, QuantDense, fan_in_uniform
 from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_in_normal, he_fan_out_normal
 from bnn_jax.networks.blocks import BLOCKS
 from bnn_jax.networks.hard_tanh import HardTanhMlp, HardTanhResNet, HardTanhVgg
+from bnn_jax.networks.reactnet import ReActNet
 from bnn_jax.networks.resnet import CifarResNet, ImageNetResNet
 from bnn_jax.networks.standard import StandardResNet, StandardVgg
 from bnn_jax.networks.vgg_small import VggSmall
@@ -27,6 +28,11 @@ def _standard_imagenet_resnet(stage_sizes: tuple[int, ...], **options: Any) -> C
     """Post-activation ResNet for 224x224 images."""
     widths = (64, 128, 256, 512)
     return functools.partial(StandardResNet, stage_sizes=stage_sizes, widths=widths, imagenet_stem=True, **options)
+
+
+def _reactnet(stage_sizes: tuple[int, ...], **options: Any) -> Callable[..., nn.Module]:
+    """ReActNet-style network with the widths of ResNet-18."""
+    return functools.partial(ReActNet, stage_sizes=stage_sizes, **{"widths": (64, 128, 256, 512), **options})
 
 
 NETWORKS: dict[str, Callable[..., Any]] = {
@@ -63,6 +69,11 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "standard_resnet34": _standard_imagenet_resnet((3, 4, 6, 3)),
     "standard_resnet50": _standard_imagenet_resnet((3, 4, 6, 3), block="bottleneck"),
     "standard_vgg_small": StandardVgg,
+    "reactnet18": _reactnet((4, 4, 4, 4), imagenet_stem=True),
+    "reactnet34": _reactnet((6, 8, 12, 6), imagenet_stem=True),
+    "reactnet18_cifar": _reactnet((4, 4, 4, 4)),
+    "reactnet20": _reactnet((6, 6, 6), widths=(16, 32, 64)),
+    "reactnet8": _reactnet((2, 2, 2), widths=(16, 32, 64)),
 }
 
 KERNEL_INITS: dict[str, Callable[..., Any]] = {
@@ -79,6 +90,11 @@ CONVOLUTION_INITS: dict[str, str] = {
     "standard_resnet34": "he_normal",
     "standard_resnet50": "he_normal",
     "standard_vgg_small": "he_normal",
+    "reactnet18": "uniform",
+    "reactnet34": "uniform",
+    "reactnet18_cifar": "uniform",
+    "reactnet20": "uniform",
+    "reactnet8": "uniform",
 }
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.layers.activation import LearnableBias, RPRelu
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import Layers, keep_feature
 from bnn_jax.ops.ste import hard_tanh, relu6
@@ -212,6 +213,35 @@ class BottleneckBlock(ResidualBlock):
         return z
 
 
+class ReActBlock(ResidualBlock):
+    """One binary convolution with a shortcut of its own, between a shifted sign and a shifted rectifier.
+
+    Forward: ``z = bn1(conv1(x + sign_shift)) + s(x); out = rprelu(z)``; the sign is the convolution's activation
+      quantizer. A shortcut that changes shape is 2x2 average pooling, a 1x1 convolution and BatchNorm.
+
+    Reference: ReActNet, Liu et al. 2020 (arXiv 2003.03488), figure 5; release: liuzechun/ReActNet: resnet/, yikaiw/SNN.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """(N, H, W, C) -> (N, H/stride, W/stride, features)."""
+        conv1 = self.layers.conv(self.features, strides=self.strides, name="conv1")
+        z = BatchNorm(name="bn1")(conv1(LearnableBias(name="sign_shift")(x), ctx), ctx) + self.pooled_shortcut(x, ctx)
+        z = RPRelu(name="rprelu")(z)
+        keep_feature(self, "after_conv1", z)
+        return z
+
+    def pooled_shortcut(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """``x`` where shapes agree, else its mean over ``stride`` x ``stride`` positions, 1x1 convolved, normalised."""
+        if not self.downsamples(x):
+            return x
+        pooled = nn.avg_pool(x, self.strides, strides=self.strides)
+        conv = self.layers.shortcut_conv(
+            self.features, kernel_size=(1, 1), padding=((0, 0), (0, 0)), name="downsample_conv"
+        )
+        return BatchNorm(name="downsample_bn")(conv(pooled, ctx), ctx)
+
+
 BLOCKS: dict[str, Callable[..., ResidualBlock]] = {
     "release": PreActivationBlock,
     "checkpoint": RealInputBlock,
@@ -222,4 +252,5 @@ BLOCKS: dict[str, Callable[..., ResidualBlock]] = {
     "post_activation": PostActivationBlock,
     "post_activation_padded": functools.partial(PostActivationBlock, pad_shortcut=True),
     "bottleneck": BottleneckBlock,
+    "reactnet": ReActBlock,
 }

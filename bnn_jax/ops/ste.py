@@ -180,3 +180,28 @@ def hard_tanh(x: jax.Array) -> jax.Array:
     Reference: Collobert 2004, "Large scale machine learning".
     """
     return clip(x, -1.0, 1.0)
+
+
+@jax.custom_vjp
+def approx_sign(x: jax.Array) -> jax.Array:
+    """Sign whose gradient is that of a piecewise quadratic curve through -1, 0 and 1.
+
+    Forward: ``y = sign(x)`` with ``sign(0) = 0``.
+    Backward: ``dx = dy * max(0, 2 - 2 |x|)``: 2 at 0, falling to 0 at -1 and 1, 0 beyond.
+
+    Args:
+      x: array of any shape, floating point.
+
+    Returns:
+      Array of the shape and dtype of ``x``, values -1, 0 (only at 0) and 1.
+
+    Reference: Bi-Real Net, Liu et al. 2018 (arXiv 1808.00278), section 3.3; release: liuzechun/ReActNet: resnet/.
+    """
+    return jnp.sign(x)
+
+
+def _approx_sign_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return ((cotangent * jnp.maximum(0.0, 2 - 2 * jnp.abs(x))).astype(cotangent.dtype),)
+
+
+approx_sign.defvjp(lambda x: (jnp.sign(x), x), _approx_sign_backward)

@@ -4,8 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from bnn_jax.quantizers.approx_sign import ApproxSignAct
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
 from bnn_jax.quantizers.categorical import CategoricalWeight
+from bnn_jax.quantizers.codebook import CodebookWeight
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
 from bnn_jax.quantizers.pruned import Pruned
@@ -18,6 +20,7 @@ WEIGHT: dict[str, type[WeightQuantizer]] = {
     "sign": SignWeight,
     "pruned": Pruned,
     "categorical": CategoricalWeight,
+    "codebook": CodebookWeight,
 }
 
 ACT: dict[str, type[ActQuantizer]] = {
@@ -25,6 +28,7 @@ ACT: dict[str, type[ActQuantizer]] = {
     "dorefa": DorefaAct,
     "irnet": IrNetAct,
     "sign": SignAct,
+    "approx_sign": ApproxSignAct,
 }
 
 

@@ -59,6 +59,10 @@ class Encoded:
         """The quantized kernel."""
         return self.levels[self.indices] * self.scale
 
+    def per_weight(self) -> "Encoded":
+        """The same with an index for every weight, which it is unless its indices stand for several weights each."""
+        return self
+
 
 class WeightQuantizer(nn.Module):
     """Base class of weight quantizers; the base itself is the identity (32-bit weights).
@@ -95,6 +99,11 @@ class WeightQuantizer(nn.Module):
           kernel_shape: (kh, kw, I/groups, O) or (I, O).
         """
         return float(math.prod(kernel_shape))
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        """Pictures a finished stage with such weights can show, keys of ``bnn_jax.report.pictures.PICTURES``."""
+        return frozenset()
 
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         """Shape of the trainable tensor behind a kernel of ``kernel_shape`` (kh, kw, I, O)."""

@@ -73,6 +73,10 @@ class Pruned(WeightQuantizer):
     def multiply_accumulates(self, kernel_shape: Shape) -> float:
         return self.inner(parent=None).multiply_accumulates(kernel_shape)
 
+    @property
+    def pictures(self) -> frozenset[str]:
+        return self.inner().pictures
+
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         return self.quantizer.latent_shape(kernel_shape)
 
@@ -105,7 +109,7 @@ class Pruned(WeightQuantizer):
         encoded = self.quantizer.encode(latent)
         if encoded is None:
             return None
-        return _with_zero_level(encoded, mask)
+        return _with_zero_level(encoded.per_weight(), mask)
 
 
 def _with_zero_level(encoded: Encoded, mask: jax.Array) -> Encoded:

@@ -3,17 +3,31 @@
 Definitions, the same for every network and method:
 
 - weights: entries of the kernels of convolutions and dense layers; a layer is quantized if its weight quantizer stores
-  fewer than 32 bits per weight.
-- quantized bits: stored bits per weight times weights, over the quantized layers, rounded to a whole bit per layer. A
-  pruning mask does not reduce them: masked weights take a level like any other (``levels.py`` counts them).
+  fewer than 32 bits per weight. Every other layer, and why it is not quantized, is listed too.
+- parameters: trainable numbers, those of quantizers (a codebook) included.
+- quantized bits: stored bits per weight times weights, over the quantized layers, rounded to a whole bit per layer; of
+  weights that are look-ups, the indices only. A pruning mask does not reduce them: masked weights take a level like any
+  other (``levels.py`` counts them).
+- codebook bits: the layers' own tables that weights are looked up in, one bit for each entry of a binary pattern. A
+  table with all patterns is not stored, the index is the pattern.
 - full-precision bits: 32 times every other stored float: kernels of the layers that are not quantized, biases,
-  parameters of quantizers, scale, bias, running mean and running variance of BatchNorm. Scales that follow from the
-  latent weights (one a layer for DoReFa) are no parameters and are not counted, nor are masks.
-- codebook bits: tables that weights are looked up in.
+  parameters of quantizers, scale, bias, running mean and running variance of BatchNorm, and the scales that follow from
+  the latent weights (one a layer for DoReFa, one a filter for IR-Net and codebooks). Masks are not counted.
 - stored bits: the sum of the three.
 - MACs: multiply-accumulates of convolutions and dense layers for one image; positions in the zero padding count.
-- bit operations: weight bits times activation bits times MACs, over the quantized layers only.
+- shared MACs: the same with the work that a method's weights let filters share. Where the ``n`` patterns of a codebook
+  are fewer than the O filters, every input channel meets each pattern once and each filter adds up what it is made of:
+  ``I * (9 n + O / 2)`` for each output position instead of ``9 I O``, an addition without product counting half.
+- bit operations: weight bits times activation bits times shared MACs, over the quantized layers only, rounded to a
+  whole one per layer. The weight bits are those of the value that is multiplied: 1 for a binary pattern, whose stored
+  bits per weight are fewer.
 - activation bits: those of the values a layer really multiplies, see ``activation_bits_of_layers``.
+
+Every figure of a method comes from its weight quantizer: ``stored_bits``, ``codebook_bits``, ``scale_count``,
+``operation_bits`` and ``multiply_accumulates``.
+
+Reference: the sizes and costs published with SNN (arXiv 2110.09195; release: yikaiw/SNN: README) are the quantized bits
+and the bit operations; the formula of the sharing was inferred from them.
 """
 
 import collections
@@ -64,8 +78,10 @@ class LayerComplexity:
       parameters: trainable numbers.
       weights: entries of the kernel.
       weight_bits: stored bits per weight; 32 where there is no kernel.
+      operation_bits: bits of a weight as it is multiplied; 32 where there is no kernel.
       activation_bits: bits of the values the kernel is multiplied with; 32 where there is no kernel.
       macs: multiply-accumulates for one image.
+      shared_macs: the same with work that filters share.
       quantized: whether the weights are.
       full_precision_because: why it is not, or ''.
       quantized_bits: stored bits of quantized weights.
@@ -80,8 +96,10 @@ class LayerComplexity:
     parameters: int
     weights: int
     weight_bits: float
+    operation_bits: float
     activation_bits: float
     macs: int
+    shared_macs: float
     quantized: bool
     full_precision_because: str
     quantized_bits: int
@@ -95,8 +113,8 @@ class LayerComplexity:
 
     @property
     def bit_operations(self) -> int:
-        """Weight bits times activation bits times MACs; 0 unless the weights are quantized."""
-        return round(self.weight_bits * self.activation_bits * self.macs) if self.quantized else 0
+        """Multiplied bits times activation bits times shared MACs; 0 unless the weights are quantized."""
+        return round(self.operation_bits * self.activation_bits * self.shared_macs) if self.quantized else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +136,11 @@ class Complexity:
 
     Attributes:
       layers: every module with parameters of its own, in the order the network calls them.
+      title: of the table.
     """
 
     layers: tuple[LayerComplexity, ...]
+    title: str = "Complexity"
 
     @property
     def total(self) -> TotalComplexity:
@@ -149,7 +169,7 @@ class _Call:
     kind: str
     kernel_shape: tuple[int, ...] | None
     output_shape: tuple[int, ...]
-    macs: int
+    positions: int
 
 
 def complexity(network: nn.Module, image_shape: tuple[int, int, int]) -> Complexity:
@@ -216,16 +236,14 @@ def _kind(module: nn.Module) -> str:
 
 
 def _note(call: _Call, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> None:
-    """Adds shapes and MACs of one call; a module called twice costs twice the MACs."""
+    """Adds shapes and output positions of one call; a module called twice costs twice the MACs."""
     call.output_shape = output_shape[1:]
     if call.kind == "conv":
         inputs = input_shape[-1] // call.module.groups
         call.kernel_shape = (*call.module.kernel_size, inputs, call.module.features)
     elif call.kind == "dense":
         call.kernel_shape = (input_shape[-1], call.module.features)
-    if call.kernel_shape is not None:
-        # Every output number takes one multiply-accumulate per weight of its filter.
-        call.macs += math.prod(call.output_shape) * math.prod(call.kernel_shape[:-1])
+    call.positions += math.prod(call.output_shape[:-1])
 
 
 def activation_bits_of_layers(jaxpr: Any) -> dict[str, float]:
@@ -284,9 +302,10 @@ def _inner_jaxpr(equation: Any) -> Any:
 
 @dataclasses.dataclass
 class _Sizes:
-    """Numbers stored for one module: its latent kernel, its other parameters, its running statistics."""
+    """Numbers stored for one module: its latent kernel, its codebook, its other parameters, its running statistics."""
 
     kernel: int = 0
+    codebook: int = 0
     other_parameters: int = 0
     statistics: int = 0
 
@@ -305,33 +324,37 @@ def _sizes_by_owner(variables: Any, calls: Mapping[str, _Call]) -> dict[str, _Si
                 sizes.statistics += size
             elif "/".join(path) == f"{owner}/kernel":
                 sizes.kernel += size
+            elif path[-1] == "codebook" and f"{owner}/weight_quantizer/" in "/".join(path):
+                sizes.codebook += size
             else:
                 sizes.other_parameters += size
     return owners
 
 
 def _layer(path: str, call: _Call, sizes: _Sizes, activation_bits: float, with_kernel: list[str]) -> LayerComplexity:
-    weights = math.prod(call.kernel_shape) if call.kernel_shape else 0
-    weight_bits = float(FLOAT_BITS)
-    if call.kernel_shape:
-        # A copy outside the network, only to be asked.
-        weight_bits = call.module.weight_quantizer(parent=None).stored_bits
-    quantized = weight_bits < FLOAT_BITS
-    floats = sizes.other_parameters + sizes.statistics + (0 if quantized else sizes.kernel)
+    shape = call.kernel_shape or ()
+    weights = math.prod(shape) if shape else 0
+    # A copy outside the network, only to be asked; where there is no kernel, the quantizer that does nothing.
+    quantizer = call.module.weight_quantizer(parent=None) if shape else WeightQuantizer(parent=None)
+    quantized = quantizer.stored_bits < FLOAT_BITS
+    floats = sizes.other_parameters + sizes.statistics + (quantizer.scale_count(shape) if quantized else sizes.kernel)
     return LayerComplexity(
         path=path,
         kind=call.kind,
         kernel_shape=call.kernel_shape,
         output_shape=call.output_shape,
-        parameters=sizes.kernel + sizes.other_parameters,
+        parameters=sizes.kernel + sizes.codebook + sizes.other_parameters,
         weights=weights,
-        weight_bits=weight_bits,
+        weight_bits=quantizer.stored_bits,
+        operation_bits=quantizer.operation_bits,
         activation_bits=activation_bits,
-        macs=call.macs,
+        # Every output position takes one multiply-accumulate per weight.
+        macs=call.positions * weights,
+        shared_macs=call.positions * quantizer.multiply_accumulates(shape) if shape else 0.0,
         quantized=quantized,
         full_precision_because="" if quantized else _reason(path, call.kind, with_kernel),
-        quantized_bits=round(weight_bits * weights) if quantized else 0,
-        codebook_bits=0,
+        quantized_bits=round(quantizer.stored_bits * weights) if quantized else 0,
+        codebook_bits=quantizer.codebook_bits,
         full_precision_bits=FLOAT_BITS * floats,
     )
 
@@ -352,9 +375,9 @@ def _reason(path: str, kind: str, with_kernel: list[str]) -> str:
 
 
 def _table(complexity: Complexity) -> Table:
-    table = tables.new_table("Complexity", caption=_caption(complexity))
+    table = tables.new_table(complexity.title, caption=_caption(complexity), gap=1)
     table.add_column("layer", no_wrap=True)
-    for name in ("kernel", "output", "parameters", "W\nbit", "A\nbit", "MACs", "bit\nops"):
+    for name in ("kernel", "output", "para-\nmeters", "stored\nbits", "W\nbit", "A\nbit", "MACs", "bit\nops"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why 32 bit", no_wrap=True)
     others: dict[str, list[LayerComplexity]] = collections.defaultdict(list)
@@ -366,7 +389,8 @@ def _table(complexity: Complexity) -> Table:
             layer.path,
             "x".join(map(str, layer.kernel_shape)),
             "x".join(map(str, layer.output_shape[:-1] or layer.output_shape)),
-            f"{layer.parameters:,}",
+            tables.format_si(layer.parameters),
+            tables.format_si(layer.stored_bits),
             tables.format_number(layer.weight_bits),
             tables.format_number(layer.activation_bits),
             tables.format_si(layer.macs),
@@ -374,24 +398,36 @@ def _table(complexity: Complexity) -> Table:
             layer.full_precision_because,
         )
     for kind, layers in others.items():
-        parameters, why = sum(layer.parameters for layer in layers), layers[0].full_precision_because
-        name = f"{len(layers)} x {kind}"
-        table.add_row(
-            name, "", "", f"{parameters:,}", str(FLOAT_BITS), tables.MISSING, tables.MISSING, tables.MISSING, why
-        )
+        sums = (sum(layer.parameters for layer in layers), sum(layer.stored_bits for layer in layers))
+        row = (*map(tables.format_si, sums), str(FLOAT_BITS), *(tables.MISSING,) * 3, layers[0].full_precision_because)
+        table.add_row(f"{len(layers)} x {kind}", "", "", *row)
     total = complexity.total
-    sums = (f"{total.parameters:,}", "", "", tables.format_si(total.macs), tables.format_si(total.bit_operations), "")
+    sums = (*map(tables.format_si, (total.parameters, total.stored_bits)), "", "")
     table.add_section()
-    table.add_row("total", "", "", *sums, style="bold")
+    table.add_row(
+        "total", "", "", *sums, tables.format_si(total.macs), tables.format_si(total.bit_operations), "", style="bold"
+    )
     return table
 
 
 def _caption(complexity: Complexity) -> str:
     total = complexity.total
-    parts = {"quantized weights": total.quantized_bits, "codebooks": total.codebook_bits}
-    shown = [f"{tables.format_si(bits, 'bit')} {name}" for name, bits in parts.items() if bits]
-    shown.append(f"{tables.format_si(total.full_precision_bits, 'bit')} floats (BatchNorm statistics included)")
+    parts = {
+        "quantized weights": total.quantized_bits,
+        "codebooks": total.codebook_bits,
+        "floats (BatchNorm statistics and scales included)": total.full_precision_bits,
+    }
+
+    def bits(value: int) -> str:
+        return tables.format_si(value, "bit", digits=4)
+
+    sizes = " + ".join(f"{bits(value)} {name}" for name, value in parts.items() if value)
+    operations = "bits of a multiplied weight x A bit x MACs of the quantized layers"
+    if any(layer.quantized and layer.shared_macs != layer.macs for layer in complexity.layers):
+        operations += ", patterns that filters share counted once"
     return (
-        f"stored: {tables.format_si(total.stored_bits, 'bit')} = {' + '.join(shown)}. "
-        "bit ops: W bit x A bit x MACs of the quantized layers."
+        f"parameters: {total.parameters:,}\n"
+        f"stored: {bits(total.stored_bits)} = {sizes}\n"
+        f"MACs: {tables.format_si(total.macs, digits=4)}\n"
+        f"bit ops: {tables.format_si(total.bit_operations, digits=4)} = {operations}"
     )

@@ -1,6 +1,7 @@
 """Which levels the weights of trained quantized layers really take: the size a table of levels in use would need."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ class LevelCounts:
     """How often the weights of one layer take each level.
 
     Attributes:
-      levels: (L,) float32, increasing, before the layer's scale.
-      counts: (L,) int, number of weights on each level; 0 for a level not in use.
+      levels: (L,) float32, increasing, before the layer's scale; or (L, n), patterns of n weights each.
+      counts: (L,) int, number of weights on each level, or of patterns; 0 for a level not in use.
       masked: number of weights a pruning mask has taken out; they are counted on the level they ended on.
     """
 
@@ -32,12 +33,12 @@ class LevelUse(NamedTuple):
     """Levels of one layer that at least one weight takes.
 
     Attributes:
-      levels: their number.
-      bits: ceil(log2(levels)), the bits of an index into them.
+      levels: their number; where a level is a pattern of n weights, of patterns.
+      bits: ceil(log2(levels)), the bits of an index into them, per weight: divided by n for patterns.
     """
 
     levels: int
-    bits: int
+    bits: float
 
 
 def level_counts(
@@ -80,7 +81,7 @@ def _count(quantizer: Any, latent: jax.Array) -> LevelCounts | None:
     encoded = quantizer.encode(latent)
     if encoded is None:
         return None
-    counts = np.bincount(np.asarray(encoded.indices).ravel(), minlength=encoded.levels.size)
+    counts = np.bincount(np.asarray(encoded.indices).ravel(), minlength=len(encoded.levels))
     masked = 0
     if quantizer.has_variable("quant_state", "mask"):
         masked = int(np.sum(np.asarray(quantizer.get_variable("quant_state", "mask")) == 0))
@@ -100,8 +101,10 @@ def levels_in_use(
       variables: trained variables of the network.
       image_shape: (H, W, C) of the images it reads.
     """
-    used = {
-        path: int(np.count_nonzero(counts.counts))
-        for path, counts in level_counts(network, variables, image_shape).items()
-    }
-    return {path: LevelUse(levels=levels, bits=(levels - 1).bit_length()) for path, levels in used.items()}
+    return {path: _use(counts) for path, counts in level_counts(network, variables, image_shape).items()}
+
+
+def _use(counts: LevelCounts) -> LevelUse:
+    levels = int(np.count_nonzero(counts.counts))
+    bits, weights_per_index = (levels - 1).bit_length(), math.prod(counts.levels.shape[1:])
+    return LevelUse(levels=levels, bits=bits if weights_per_index == 1 else bits / weights_per_index)

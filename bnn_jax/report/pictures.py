@@ -1,14 +1,15 @@
-"""Pictures that objectives offer of a finished stage: which there are, and what each is drawn from."""
+"""Pictures that objectives and quantizers offer of a finished stage: which there are, what each is drawn from."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bnn_jax.objectives import Objective
-from bnn_jax.report import plots
+from bnn_jax.report import codebook_plots, plots
+from bnn_jax.report.codebooks import codebook_uses
 
 # Test images whose features are drawn: enough to see groups, few enough for a minute of t-SNE.
 MOST_IMAGES = 2000
@@ -24,6 +25,7 @@ class FinishedStage:
       objective_state: their states after the last epoch.
       features: gives what the classifier reads for the first ``MOST_IMAGES`` test images, (N, D), and their labels.
       class_names: names of the classes.
+      variables: gives the network's variables before the first step and after the last epoch.
     """
 
     name: str
@@ -31,6 +33,7 @@ class FinishedStage:
     objective_state: Mapping[str, Any]
     features: Callable[[], tuple[np.ndarray, np.ndarray]]
     class_names: tuple[str, ...]
+    variables: Callable[[], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def draw_label_bank(stage: FinishedStage, path: Path) -> None:
@@ -50,13 +53,33 @@ def draw_features(stage: FinishedStage, path: Path) -> None:
     plots.plot_features(features, labels, stage.class_names, path, title=title)
 
 
+def draw_pattern_use(stage: FinishedStage, path: Path) -> None:
+    """How the kernels of each layer use its codebook."""
+    initial, last = stage.variables()
+    title = f"use of the codebooks of stage {stage.name} after the last epoch"
+    codebook_plots.plot_pattern_use(codebook_uses(last, initial), path, title=title)
+
+
+def draw_pattern_motion(stage: FinishedStage, path: Path) -> None:
+    """How far training moved the codebook of each layer."""
+    initial, last = stage.variables()
+    title = f"motion of the codebooks in stage {stage.name}, from its start to after the last epoch"
+    codebook_plots.plot_pattern_motion(codebook_uses(last, initial), path, title=title)
+
+
 PICTURES: dict[str, Callable[[FinishedStage, Path], None]] = {
     "label_bank": draw_label_bank,
     "features": draw_features,
+    "pattern_use": draw_pattern_use,
+    "pattern_motion": draw_pattern_motion,
 }
 
 
-def offered(objectives: tuple[Objective, ...]) -> tuple[str, ...]:
-    """Names of the pictures that a stage with these terms can show, in the order of ``PICTURES``."""
-    names = frozenset().union(*(term.pictures for term in objectives))
+def offered(parts: Iterable[Any]) -> tuple[str, ...]:
+    """Names of the pictures a stage made of these parts can show, in the order of ``PICTURES``.
+
+    Args:
+      parts: its objectives and weight quantizers; each has ``pictures``, a set of names.
+    """
+    names = frozenset().union(*(part.pictures for part in parts))
     return tuple(name for name in PICTURES if name in names)

@@ -56,7 +56,7 @@ def plot_chain(
     Raises:
       UserError: matplotlib is not installed.
     """
-    figure = _new_figure(width=11.0, height=4.4)
+    figure = new_figure(width=11.0, height=4.4)
     curves, rungs = figure.subplots(1, 2, width_ratios=(1.9, 1.0))
     colours = _colours(len(results))
     _draw_curves(curves, results, metrics_by_stage, colours)
@@ -78,7 +78,7 @@ def plot_accuracies(metrics_by_stage: Mapping[str, Sequence[Mapping[str, Any]]],
     """
     columns = min(MOST_PANELS, len(metrics_by_stage))
     rows = math.ceil(len(metrics_by_stage) / columns)
-    figure = _new_figure(width=max(4.6 * columns, 6.4), height=4.0 * rows)
+    figure = new_figure(width=max(4.6 * columns, 6.4), height=4.0 * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for index, (stage, records) in enumerate(metrics_by_stage.items()):
         _draw_accuracies(axes[index], records, y_label="" if index % columns else "accuracy (%)")
@@ -103,7 +103,7 @@ def plot_weights(counts: Mapping[str, LevelCounts], path: str | os.PathLike) -> 
         raise ValueError("plot_weights: no layer has quantized weights")
     columns = min(MOST_COLUMNS, len(counts))
     rows = math.ceil(len(counts) / columns)
-    figure = _new_figure(width=max(2.1 * columns, 4.2), height=1.7 * rows + 0.8)
+    figure = new_figure(width=max(2.1 * columns, 4.2), height=1.7 * rows + 0.8)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axis, (name, layer) in zip(axes, counts.items()):
         _draw_levels(axis, name, layer)
@@ -140,7 +140,7 @@ def plot_label_bank(
         raise ValueError(f"plot_label_bank: a bank of shape {bank.shape} and {len(class_names)} names do not fit")
     count = len(class_names)
     side = min(max(3.4 + 0.5 * count, 5.0), 10.5)
-    figure = _new_figure(width=side + 0.9, height=side)
+    figure = new_figure(width=side + 0.9, height=side)
     axis = figure.subplots()
     _draw_bank(figure, axis, bank, quantity=quantity)
     _name_classes(axis, class_names)
@@ -172,7 +172,7 @@ def plot_features(
     Raises:
       UserError: matplotlib is not installed, there are fewer than 4 images, or features that are not finite.
     """
-    figure = _new_figure(width=9.2, height=7.8)
+    figure = new_figure(width=9.2, height=7.8)
     points, components = _embed(np.asarray(features, np.float64), seed=seed)
     axis = figure.subplots()
     labels, count = np.asarray(labels), len(class_names)
@@ -198,7 +198,7 @@ def plot_features(
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
-def _new_figure(*, width: float, height: float) -> Any:
+def new_figure(*, width: float, height: float) -> Any:
     """An empty figure (inches) that belongs to no window system and no global state."""
     try:
         from matplotlib.figure import Figure
@@ -254,7 +254,7 @@ def _draw_curves(
     if start:
         axis.set_xlim(0.5, start + 0.5)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    _style(axis, x_label="epoch, stages laid end to end", y_label="test top-1 (%)")
+    style_axis(axis, x_label="epoch, stages laid end to end", y_label="test top-1 (%)")
 
 
 def _draw_rungs(axis: Any, results: Sequence[Mapping[str, Any]], colours: Sequence[Any]) -> None:
@@ -288,7 +288,7 @@ def _draw_rungs(axis: Any, results: Sequence[Mapping[str, Any]], colours: Sequen
     axis.set_xlim(-0.5, len(results) - 0.5)
     # Room for the values below the lowest point and for the legend above the highest.
     axis.margins(y=0.28)
-    _style(axis, x_label="nominal bits per weight" if by_bits else "stage", y_label="top-1 (%)")
+    style_axis(axis, x_label="nominal bits per weight" if by_bits else "stage", y_label="top-1 (%)")
     legend = axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.1)
     for handle in legend.legend_handles:
         handle.set_edgecolor(GRAY)
@@ -308,7 +308,7 @@ def _draw_accuracies(axis: Any, records: Sequence[Mapping[str, Any]], *, y_label
         marker = {"marker": "o", "markersize": 3.5} if len(records) <= 15 else {}
         axis.plot(epochs, heights, linewidth=CURVE_WIDTH, label=text, **style, **marker)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    _style(axis, x_label="epoch", y_label=y_label)
+    style_axis(axis, x_label="epoch", y_label=y_label)
     if axis.get_lines():
         axis.legend(frameon=False, fontsize=8, loc="lower right", title="highest value at epoch", title_fontsize=8)
 
@@ -321,11 +321,11 @@ def _draw_levels(axis: Any, name: str, layer: LevelCounts) -> None:
     if layer.levels.size <= 4:
         axis.set_xticks(layer.levels)
     axis.set_title(f"{name}: {np.count_nonzero(layer.counts)} of {layer.levels.size} levels", fontsize=8)
-    _style(axis, x_label="", y_label="")
+    style_axis(axis, x_label="", y_label="")
     axis.tick_params(labelsize=7)
 
 
-def _style(axis: Any, *, x_label: str, y_label: str) -> None:
+def style_axis(axis: Any, *, x_label: str, y_label: str) -> None:
     """Labels, and no lines that carry no information."""
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)

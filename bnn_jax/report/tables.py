@@ -26,10 +26,22 @@ def show(table: Table, *, file: TextIO | None = None) -> None:
     Console(file=target, width=None if target.isatty() else WIDTH, highlight=False).print(table)
 
 
-def new_table(title: str, caption: str | None = None) -> Table:
-    """An empty table in the common style."""
+def new_table(title: str, caption: str | None = None, *, gap: int = 2) -> Table:
+    """An empty table in the common style.
+
+    Args:
+      title: above the table.
+      caption: below the table.
+      gap: blanks between columns, at least 1.
+    """
     return Table(
-        title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        # The box's own column of blanks is the rest of the gap.
+        padding=(0, gap - 1, 0, 0),
     )
 
 
@@ -83,7 +95,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def describe_quantizer(spec: Spec) -> str:
-    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', 'categorical po2-2b', '-' for the identity."""
+    """A quantizer in a few words: 'dorefa 4', 'codebook 5' (tau), 'categorical po2-2b', '-' for the identity."""
     options = spec.kwargs
     inner = options.get("inner")
     if isinstance(inner, Spec):
@@ -92,7 +104,8 @@ def describe_quantizer(spec: Spec) -> str:
         return MISSING
     if "values" in options:
         return f"{spec.name} {_describe_values(options['values'])}"
-    return f"{spec.name} {format_number(options['bits'])}" if "bits" in options else spec.name
+    number = options.get("bits", options.get("tau"))
+    return spec.name if number is None else f"{spec.name} {format_number(number)}"
 
 
 def _describe_values(values: str | Sequence[float]) -> str:
@@ -110,8 +123,9 @@ def describe_schedule(spec: Spec) -> str:
     if spec.name == "piecewise":
         values = options["values"]
         return f"{values[0]:g} to {values[-1]:g}, {len(values)} steps" if len(values) > 1 else f"{values[0]:g}"
-    if spec.name == "cosine":
-        return f"{options['initial']:g} to {options.get('final', 0):g}, cosine"
+    shape = {"cosine": "cosine", "cosine_by_epoch": "cosine", "linear_by_epoch": "linear"}.get(spec.name)
+    if shape:
+        return f"{options['initial']:g} to {options.get('final', 0):g}, {shape}"
     return spec.name
 
 
@@ -130,19 +144,27 @@ def format_number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def format_si(value: float | None, unit: str = "") -> str:
-    """A count in units of a thousand, a million, ...: '1.07 Mbit', '40.1 M', '640'; '-' for None."""
+def format_si(value: float | None, unit: str = "", *, digits: int = 3) -> str:
+    """A count in units of a thousand, a million, ...: '1.07 Mbit', '40.1 M', '640'; '-' for None.
+
+    Args:
+      value: the count.
+      unit: what is counted.
+      digits: significant digits from a thousand on, at least 3.
+    """
     if value is None:
         return MISSING
     # The next unit from 999.5 on, where three digits would show 1000.
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:
-            return f"{_three_digits(value / factor)} {prefix}{unit}"
+        if value >= (1 - 0.5 * 10**-digits) * factor:
+            return f"{_with_digits(value / factor, digits)} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+def _with_digits(value: float, digits: int) -> str:
+    """A value from 1 to 1000 with this many significant digits."""
+    whole = 3 if value >= 100 - 0.5 * 10 ** (3 - digits) else 2 if value >= 10 - 0.5 * 10 ** (2 - digits) else 1
+    return f"{value:.{digits - whole}f}"
 
 
 def format_duration(seconds: float | None) -> str:

@@ -3,7 +3,8 @@
 ``read_pytorch`` takes the arrays out of the file, ``state_dict`` finds the network's among them, ``convert_names``
 gives them our names and layout, ``import_state`` compares the result with a network, leaf by leaf, and
 ``import_pytorch`` does all of it. The golden tests use the steps, and single names in both directions.
-Methods whose networks have other names add lines to ``MODULE_NAMES``, ``MODULE_ALIASES`` and ``LEAF_NAMES``.
+Methods whose networks have other names add lines to ``MODULE_NAMES``, ``MODULE_ALIASES`` and ``LEAF_NAMES``. The
+networks ``standard_resnet18``, ``-34`` and ``-50`` take torchvision's ImageNet weights, names and shapes.
 """
 
 import contextlib
@@ -30,11 +31,16 @@ MODEL_STATE_KEYS = ("model_state_dict", "state_dict", "model")
 
 MAX_NESTING = 64
 
-# Names of modules: PyTorch's, ours; {} is a number that both share.
+# Names of modules: PyTorch's (those of torchvision's ResNets), ours; {} is a number that both share.
 MODULE_NAMES: tuple[tuple[str, str], ...] = (
     ("layer{}.{}", "layer{}_{}"),
     ("downsample.0", "downsample_conv"),
     ("downsample.1", "downsample_bn"),
+    # ReActNet and SNN.
+    ("move0", "sign_shift"),
+    ("move1", "rprelu.input_shift"),
+    ("prelu", "rprelu.prelu"),
+    ("move2", "rprelu.output_shift"),
 )
 
 # Further names of PyTorch for the same modules, only read: names written are those above.
@@ -43,7 +49,13 @@ MODULE_ALIASES: tuple[tuple[str, str], ...] = (
     ("linear", "fc"),
     ("shortcut.0", "downsample_conv"),
     ("shortcut.1", "downsample_bn"),
+    # ReActNet and SNN, whose shortcuts begin with a pooling.
+    ("binary_conv", "conv1"),
+    ("binarize", "weight_quantizer"),
+    ("downsample.2", "downsample_bn"),
 )
+# Those for kernels only: elsewhere the same name is another module's.
+KERNEL_ALIASES: tuple[tuple[str, str], ...] = (("downsample.1", "downsample_conv"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +67,19 @@ class LeafName:
       collection: collection it belongs to.
       ours: end of our path.
       one_dimensional: whether the rule is for arrays with one axis, with more (False), or for all (None).
+      module: last part of our module's name that the rule is for; None for all.
     """
 
     pytorch: str
     collection: str
     ours: str
     one_dimensional: bool | None = None
+    module: str | None = None
 
 
 LEAF_NAMES: tuple[LeafName, ...] = (
     LeafName("weight", "params", "kernel", one_dimensional=False),
+    LeafName("weight", "params", "slope", one_dimensional=True, module="prelu"),
     LeafName("weight", "params", "scale", one_dimensional=True),
     LeafName("bias", "params", "bias"),
     LeafName("running_mean", "batch_stats", "mean"),
@@ -72,6 +87,8 @@ LEAF_NAMES: tuple[LeafName, ...] = (
     # torch.nn.utils.prune splits the weight in two.
     LeafName("weight_orig", "params", "kernel"),
     LeafName("weight_mask", "quant_state", "weight_quantizer/mask"),
+    # SNN's codebooks.
+    LeafName("patterns", "params", "codebook"),
 )
 
 # Counts the batches seen; PyTorch reads it only where the momentum is None.
@@ -189,7 +206,19 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
         ("torch", "FloatStorage"): np.dtype(np.float32),
         ("torch", "LongStorage"): np.dtype(np.int64),
         ("torch._utils", "_rebuild_tensor_v2"): _tensor_view,
+        ("torch._utils", "_rebuild_parameter"): _parameter,
     }
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> np.ndarray:
+    """A tensor saved as a parameter, as in the ImageNet weights of torchvision: the tensor.
+
+    Raises:
+      UserError: it holds no tensor.
+    """
+    if not isinstance(data, np.ndarray):
+        raise UserError("damaged: a parameter without a tensor")
+    return data
 
 
 def _tensor_view(
@@ -277,7 +306,7 @@ def to_path(name: str, *, ndim: int) -> str | None:
     """Our path for a name of PyTorch's; None for arrays we do not keep.
 
     'layer2.0.downsample.0.weight' -> 'params/layer2_0/downsample_conv/kernel'. Unknown last parts stay as they are, in
-    'params', so that a strict comparison names them. ``to_pytorch_name`` is the inverse but for ``MODULE_ALIASES``.
+    'params', so that a strict comparison names them. ``to_pytorch_name`` is the inverse but for the aliases.
 
     Args:
       name: PyTorch's name without 'module.'.
@@ -286,11 +315,13 @@ def to_path(name: str, *, ndim: int) -> str | None:
     module, _, leaf = name.rpartition(".")
     if leaf in IGNORED_LEAVES:
         return None
-    for pytorch, ours in MODULE_NAMES + MODULE_ALIASES:
+    only_kernels = KERNEL_ALIASES if leaf == "weight" and ndim > 1 else ()
+    for pytorch, ours in only_kernels + MODULE_NAMES + MODULE_ALIASES:
         module = _rename(module, pytorch, ours)
     parts = module.split(".") if module else []
     for rule in LEAF_NAMES:
-        if rule.pytorch == leaf and rule.one_dimensional in (None, ndim == 1):
+        fits = rule.one_dimensional in (None, ndim == 1) and rule.module in (None, *parts[-1:])
+        if rule.pytorch == leaf and fits:
             return "/".join([rule.collection, *parts, rule.ours])
     return "/".join(["params", *parts, leaf])
 
@@ -327,9 +358,16 @@ def _convert(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             continue
         if path in converted:
             raise CheckpointError(f"two arrays of the file belong to {shown(path)}")
-        is_kernel = path.endswith(("/kernel", "/mask"))
-        converted[path] = convert_layout(array, to="ours") if is_kernel else array
+        converted[path] = _in_our_layout(path, array)
     return converted
+
+
+def _in_our_layout(path: str, array: np.ndarray) -> np.ndarray:
+    if path.endswith(("/kernel", "/mask")):
+        return convert_layout(array, to="ours")
+    # ReActNet's shifts have the axes of the activations, (1, C, 1, 1).
+    is_shift = path.endswith("_shift/bias") and array.ndim == 4 and array.size == array.shape[1]
+    return array.reshape(-1) if is_shift else array
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,7 +424,8 @@ def import_state(state: Mapping[str, np.ndarray], target: Mapping[str, Any]) -> 
     Raises:
       CheckpointError: the state is of another network; one line with the first differences and their numbers.
     """
-    found, wanted = _convert(state), _flat(target)
+    wanted = _flat(target)
+    found = _with_memories(_convert(state), wanted)
     shared = [path for path in wanted if path in found]
     differences = {
         "missing in the file": [path for path in wanted if path not in found],
@@ -401,6 +440,20 @@ def import_state(state: Mapping[str, np.ndarray], target: Mapping[str, Any]) -> 
         parts = [f"{len(rows)} {kind} ({_first(rows)})" for kind, rows in differences.items() if rows]
         raise CheckpointError(f"checkpoint of another network: {'; '.join(parts)}")
     return _nested({path: np.array(found[path], wanted[path].dtype, order="C") for path in wanted})
+
+
+def _with_memories(found: dict[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays and, for each codebook, the memory that SNN's files leave out: at its start, the codebook's signs."""
+    memories = [path for path in wanted if path.endswith("/weight_quantizer/memory") and path not in found]
+    sources = {
+        path: path.replace("quant_state/", "params/", 1).removesuffix("memory") + "codebook" for path in memories
+    }
+    signs = {
+        path: np.where(found[source] > 0, 1, -1).astype(np.float32)
+        for path, source in sources.items()
+        if source in found
+    }
+    return {**found, **signs}
 
 
 def _fits(path: str, array: np.ndarray, leaf: Any) -> bool:

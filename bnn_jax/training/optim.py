@@ -7,12 +7,13 @@ here do: ``gradient -> clip -> + weight_decay * parameter -> momentum or Adam ->
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec
 from bnn_jax.training.schedules import Schedule
 
@@ -40,14 +41,66 @@ def _core(optimizer: Spec) -> optax.GradientTransformation:
 def _group_chain(optimizer: Spec, group: ParameterGroup, schedule: Schedule) -> optax.GradientTransformation:
     if group.learning_rate_scale == 0:
         return optax.set_to_zero()
-    return optax.chain(
+    direction = (
         optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity(),
         _core(optimizer),
+    )
+    if group.gradient_knob is not None:
+        gated = _only_with_gradient(optax.chain(*direction), group.gradient_knob, without=group.without_gradient)
+        direction = (gated,)
+    return optax.chain(
+        *direction,
+        # Outside of the gate: the learning rate follows the steps of the stage.
         optax.scale_by_schedule(lambda step: -group.learning_rate_scale * schedule(jnp.asarray(step))),
         optax.stateless_with_tree_map(functools.partial(_keep_within, group.bounds))
         if group.bounds
         else optax.identity(),
     )
+
+
+class GatedState(NamedTuple):
+    """State of ``_only_with_gradient``.
+
+    Attributes:
+      started: bool scalar, whether there has been a gradient.
+      inner: state of the gated transformation.
+    """
+
+    started: jax.Array
+    inner: Any
+
+
+def _only_with_gradient(
+    transformation: optax.GradientTransformation, knob: str, *, without: Literal["step", "skip"]
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a transformation on the steps with a gradient, those on which a knob is above 0; else gives the change 0.
+
+    Args:
+      transformation: gets a gradient, gives a change.
+      knob: its name; a stage without it never has a gradient.
+      without: what a step without a gradient does after the first gradient: 'step' runs the transformation all the
+        same, 'skip' does not. Before the first one neither does, and the transformation's clock stands.
+
+    Raises:
+      ValueError: ``without`` is something else.
+    """
+    if without not in ("step", "skip"):
+        raise ValueError(f"optimizer groups: without_gradient={without!r}: accepted are 'step', 'skip'")
+
+    def init(params: Any) -> GatedState:
+        return GatedState(started=jnp.zeros((), jnp.bool_), inner=transformation.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, GatedState]:
+        ctx: QuantContext = extra["ctx"]
+        has_gradient = jnp.asarray(ctx.knobs.get(knob, 0.0)) > 0
+        started = state.started | has_gradient
+        runs = started if without == "step" else has_gradient
+        changes, inner = transformation.update(updates, state.inner, params)
+        changes = jax.tree.map(lambda change: jnp.where(runs, change, jnp.zeros_like(change)), changes)
+        inner = jax.tree.map(lambda new, old: jnp.where(runs, new, old), inner, state.inner)
+        return changes, GatedState(started=started, inner=inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _keep_within(bounds: tuple[float, float], update: Any, parameter: Any) -> jax.Array:
@@ -86,7 +139,7 @@ def make_optimizer(
         parameters whose gradient is None: no weight decay moves them.
 
     Returns:
-      An optax transformation whose ``update`` takes extra keyword arguments.
+      An optax transformation whose ``update`` takes the context of the step too, as ``ctx``.
 
     Raises:
       ValueError: an unknown optimiser, or a parameter in no group.

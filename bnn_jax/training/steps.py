@@ -1,7 +1,7 @@
 """The training step and the evaluation step: one of each, for every method, network and quantizer.
 
 Order of a training step: context of the step -> forward -> teacher's forward (where an objective needs it) -> sum of
-the objectives -> gradient -> optimiser -> state of the objectives -> sums of the epoch's metrics.
+the objectives -> gradient -> projections -> optimiser -> state of the objectives -> sums of the epoch's metrics.
 """
 
 import dataclasses
@@ -16,11 +16,12 @@ import optax
 from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.projections import Projection, Update
 from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
 
 # Streams of random numbers inside a step, each folded into the step's key.
-AUGMENTATION, QUANTIZER, REAL_STREAM = 0, 1, 2
+AUGMENTATION, QUANTIZER, REAL_STREAM, PROJECTION = 0, 1, 2, 3
 
 PrepareTrain = Callable[[jax.Array, jax.Array], jax.Array]
 PrepareEval = Callable[[jax.Array], jax.Array]
@@ -53,6 +54,7 @@ class StepParts:
       knobs: schedules by name.
       teacher: the teacher's Linen module, or None.
       log_gradient_norms: whether the gradient norm of every weighted objective is measured (a pullback for each).
+      projections: changes made between gradient and optimiser, in this order.
     """
 
     network: Any
@@ -62,6 +64,7 @@ class StepParts:
     knobs: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
     teacher: Any = None
     log_gradient_norms: bool = False
+    projections: tuple[Projection, ...] = ()
 
 
 def needs_teacher(objectives: Sequence[Objective]) -> bool:
@@ -118,13 +121,15 @@ def train_step(
         return terms, (outputs, updates)
 
     terms, grads, norms, (outputs, updates) = gradients(parts, terms_function, state.params)
-    changes, opt_state = parts.optimizer.update(grads, state.opt_state, state.params, ctx=ctx)
+    update = Update(state.params, updates.get("quant_state", state.quant_state), state.opt_state, grads)
+    update = _project(parts.projections, update, ctx, jax.random.fold_in(key, PROJECTION))
+    changes, opt_state = parts.optimizer.update(update.grads, update.opt_state, update.params, ctx=ctx)
     metrics = {**_step_metrics(parts.objectives, terms, outputs, batch), **norms}
     new_state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, changes),
+        params=optax.apply_updates(update.params, changes),
         batch_stats=updates.get("batch_stats", state.batch_stats),
-        quant_state=updates.get("quant_state", state.quant_state),
+        quant_state=update.quant_state,
         opt_state=opt_state,
         objective_state=_objective_states(parts.objectives, state, outputs, batch),
         metric_sums=_add_metrics(state.metric_sums, metrics, state.step),
@@ -190,6 +195,12 @@ def gradients(parts: StepParts, terms_function: Callable, params: Any):
     each = {name: pullback({**zeros, name: weight})[0] for name, weight in weights.items()}
     norms = {f"gradient_norm/{name}": optax.tree.norm(grads) for name, grads in each.items()}
     return terms, jax.tree.map(lambda *grads: sum(grads), *each.values()), norms, other
+
+
+def _project(projections: Sequence[Projection], update: Update, ctx: QuantContext, key: jax.Array) -> Update:
+    for index, projection in enumerate(projections):
+        update = projection(update, ctx, jax.random.fold_in(key, index))
+    return update
 
 
 def _objective_states(objectives: Sequence[Objective], state: TrainState, outputs: Outputs, batch: Batch) -> Any:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnn_jax.data.augment import crop_and_flip, draw_crops, normalize, prepare_eval, prepare_train
+from bnn_jax.data.augment import change_light, crop_and_flip, draw_crops, normalize, prepare_eval, prepare_train
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
 
@@ -127,6 +127,56 @@ def test_none_only_normalises():
 def test_an_unknown_augmentation_is_refused():
     with pytest.raises(ValueError, match="augment 'mixup': accepted are pad_crop_flip, pad_crop, edge_crop_flip, none"):
         prepare_train(_images(1), jax.random.key(0), mean=MEAN, std=STD, augment="mixup", pad=1)
+
+
+def test_light_as_released_darkens_the_channels_with_a_negative_change_by_one():
+    images = np.array([0, 1, 128, 255], np.uint8).reshape(1, 4, 1, 1) * np.ones((6, 1, 1, 3), np.uint8)
+    draws = np.concatenate([np.eye(3), -np.eye(3)])
+    result = np.asarray(change_light(images, jnp.asarray(draws), in_pixel_units=False))
+    assert result.dtype == np.uint8
+    # One draw along one axis: the signs of the changes are those of the axis.
+    negative = np.array([[1, 1, 1], [0, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 1]])[:, None, None]
+    np.testing.assert_array_equal(result, np.maximum(images.astype(int) - negative, 0))
+
+
+def test_light_in_pixel_units_varies_as_the_colours_do():
+    grey = np.full((4000, 1, 1, 3), 128, np.uint8)
+    draws = jax.random.normal(jax.random.key(0), (4000, 3))
+    change = np.asarray(change_light(grey, draws, in_pixel_units=True), np.float64)[:, 0, 0] - 128
+    axes = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    expected = axes @ np.diag((25.5 * np.array([0.2175, 0.0188, 0.0045])) ** 2) @ axes.T
+    # The standard error of a variance is 2.2 % of it; covariances are about as large as the variances here.
+    np.testing.assert_allclose(np.cov(change.T), expected, rtol=0.1)
+    assert np.abs(change.mean(axis=0)).max() < 0.2
+
+
+def test_light_in_pixel_units_keeps_to_the_range_of_pixels():
+    images = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1) * np.ones((1, 1, 1, 3), np.uint8)
+    draws = jnp.array([[100.0, 0, 0], [-100.0, 0, 0]])
+    result = np.asarray(change_light(images, draws, in_pixel_units=True))
+    # Along the first axis all colours go the same way: beyond black and white.
+    np.testing.assert_array_equal(result[:, 0, 0, 0], [0, 255])
+
+
+@pytest.mark.parametrize("augment", ["none", "pad_crop_flip"])
+def test_other_light_leaves_the_crops_as_they_are(augment):
+    images = np.full((64, 6, 6, 3), 128, np.uint8)
+    images[:, 2:4] = 64
+    prepare = functools.partial(
+        prepare_train, images, jax.random.key(0), mean=(0.0,) * 3, std=(1 / 255,) * 3, augment=augment, pad=2
+    )
+    plain, release, paper = (np.asarray(prepare(lighting=name)) for name in ("none", "release", "paper"))
+    darker = plain - release
+    assert set(np.unique(np.round(darker))) == {0.0, 1.0}
+    # Nothing is darker than black.
+    assert not np.any(np.round(darker)[plain == 0])
+    # 6 standard deviations of 3.2 levels: no pixel takes another's place.
+    assert 1 < np.abs(paper - plain).max() < 20
+
+
+def test_an_unknown_lighting_is_refused():
+    with pytest.raises(ValueError, match="lighting 'on': accepted are none, release, paper"):
+        prepare_train(_images(1), jax.random.key(0), mean=MEAN, std=STD, augment="none", pad=1, lighting="on")
 
 
 def test_cropping_compiles_to_one_gather_without_a_loop():

@@ -118,6 +118,7 @@ def test_the_seed_decides_which_images_are_held_out():
             {"name": "cifar11"},
             r"config.data.name='cifar11': accepted are cifar10, cifar100, mnist, imagenet2012, digits, synthetic",
         ),
+        ({"lighting": "on"}, r"config.data.lighting='on': accepted are none, release, paper"),
         ({"augment": "flip"}, r"config.data.augment='flip': accepted are pad_crop_flip, pad_crop, edge_crop_flip"),
         ({"validation_fraction": 1.0}, r"config.data.validation_fraction=1.0: accepted is"),
         ({"validation_fraction": 1e-5}, r"config.data.validation_fraction=1e-05: it holds out 0 of 1437"),

@@ -265,3 +265,8 @@ def test_an_incomplete_list_is_not_used(tmp_path):
 def test_images_may_stay_as_they_are(prepared_once):
     source = data.build(DataSpec("mnist", augment="none", normalize=False), data_dir=str(prepared_once))
     assert (source.mean, source.std) == ((0.0,), (1.0,))
+
+
+def test_images_of_one_channel_have_no_colour_to_vary(prepared_once):
+    with pytest.raises(DataError, match=r"^config\.data\.lighting='paper': accepted with .* one channel is 'none'$"):
+        data.build(DataSpec("mnist", augment="none", lighting="paper"), data_dir=str(prepared_once))

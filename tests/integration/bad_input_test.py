@@ -80,7 +80,7 @@ def refused(finished: Finished) -> str:
         ((QUICKSTART, "--config.data.validation_fraction=0.01"), ["config.data.validation_fraction=0.01"]),
         (
             (QUICKSTART, "--config.network=vgg_small", "--config.data.image_size=4"),
-            ["stage w32a32: network 'vgg_small' with images of 4x4x3"],
+            ["stage w32a32: network 'vgg_small' with images of 4x4x3: they are too small"],
         ),
     ],
     ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, tuple) else "",
@@ -89,6 +89,28 @@ def test_a_mistake_is_one_line(arguments, words, tmp_path):
     line = refused(launch_here(*arguments, f"--workdir={tmp_path / 'run'}"))
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize("mode", ["summary", "evaluate"])
+@pytest.mark.parametrize(
+    ("network", "option", "words"),
+    [
+        ("vgg_small", "data.image_size=4", "network 'vgg_small' with images of 4x4x3: they are too small"),
+        ("resnet21", "seed=0", "config.network='resnet21'"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_one_line_without_training_too(mode, network, option, words, tmp_path):
+    checkpoint = f"--checkpoint={tmp_path}"
+    arguments = (QUICKSTART, f"--config.network={network}", f"--config.{option}", f"--mode={mode}", checkpoint)
+    assert words in refused(launch_here(*arguments))
+
+
+def test_a_quantizer_that_does_not_fit_a_layer_is_one_line(tmp_path):
+    config = f"--config={ROOT / 'configs' / 'snn_resnet20.py'}:smoke"
+    network = "--config.network=standard_resnet50"
+    line = refused(launch_here(config, network, "--mode=summary", f"--workdir={tmp_path / 'run'}"))
+    assert "stage sub_bit: network 'standard_resnet50'" in line
+    assert "codebook quantizer: kernel 1x1x64x64: accepted are 3x3 convolutions" in line
 
 
 def test_a_mistake_is_one_line_for_a_user_too(tmp_path):

@@ -168,7 +168,16 @@ def test_summary_names_every_layer_and_the_total(chain, tmp_path):
     assert {"conv1", "layer1_0/conv1", "layer3_0/downsample_conv", "fc"} <= set(paths)
     assert content["total"]["parameters"] == 78_042
     assert content["total"]["quantized_bits"] == 2 * 73_728
+    assert content["stage"] == "w2a2"
+    assert "Stage w2a2: resnet8, images of 16x16x3" in finished.stdout
     assert not (tmp_path / "unused").exists()
+
+
+def test_summary_is_of_the_last_stage_and_names_the_others(tmp_path):
+    finished = launch_here(QUICKSTART, "--mode=summary", "--json", f"--workdir={tmp_path / 'unused'}")
+    assert finished.last_json["stage"] == "w1a1"
+    others = "(other stages: --stage=w32a32, --stage=w8a8, --stage=w4a4, --stage=w2a2)"
+    assert others in " ".join(finished.stdout.split())
 
 
 def test_report_has_the_table_and_a_picture(chain):

@@ -41,6 +41,35 @@ def test_one_value_is_a_tuple_of_one():
     assert parse(QUICKSTART, "--config.asbq.epochs=3").config.asbq.epochs == (3,)
 
 
+def test_of_two_overrides_of_a_key_the_last_counts():
+    config = parse(QUICKSTART, "--config.asbq.epochs=(2,3)", "--config.asbq.epochs", "(4,)").config
+    assert config.asbq.epochs == (4,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--checkpoint=x.pth",),
+        ("--fresh", "--mode=evaluate"),
+        ("--stage=w8a8", "--mode=report"),
+        ("--checkpoint=x.pth", "--mode=summary"),
+    ],
+)
+def test_an_option_the_mode_would_ignore_is_refused(options):
+    with pytest.raises(UserError, match=r"--\w+ is of no use with --mode=\w+: accepted with \w+"):
+        parse(QUICKSTART, *options)
+
+
+def test_the_config_file_is_executed_once(tmp_path):
+    file = tmp_path / "counting.py"
+    file.write_text(
+        "import pathlib\nfrom configs.quickstart import get_config\n"
+        "pathlib.Path(__file__).with_suffix('.log').open('a').write('x')\n"
+    )
+    parse(f"--config={file}", "--config.seed=3")
+    assert file.with_suffix(".log").read_text() == "x"
+
+
 def test_the_arguments_of_the_program_itself_stay_as_they_are():
     before = list(sys.argv)
     parse(QUICKSTART, "--config.seed=3")

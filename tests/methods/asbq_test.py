@@ -292,9 +292,16 @@ def test_vgg_small_quantizes_its_first_convolution_too_and_masks_row_blocks():
 
 
 @pytest.mark.parametrize("block", ["release", "checkpoint", "imagenet"])
-def test_vgg_small_has_no_blocks(block):
-    with pytest.raises(UserError, match=rf"^config\.asbq\.block='{block}': network 'vgg_small' has no blocks"):
-        stages(asbq_vgg_small, asbq_block=block)
+@pytest.mark.parametrize("network", ["vgg_small", "hardtanh_resnet20"])
+def test_other_networks_have_no_such_blocks(network, block):
+    with pytest.raises(UserError, match=rf"^config\.asbq\.block='{block}': '{network}' has no such blocks"):
+        stages(asbq_vgg_small, network=network, asbq_block=block)
+
+
+def test_a_network_with_blocks_of_its_own_keeps_them():
+    assert {stage.network for stage in stages(network="hardtanh_resnet20")} == {
+        spec("hardtanh_resnet20", kernel_init="he_normal")
+    }
 
 
 def test_the_compute_type_reaches_every_rung():

@@ -15,6 +15,7 @@ def config(**sections):
 
 def test_data_are_taken_from_the_config():
     values = {"name": "digits", "num_train": 7, "num_eval": 3, "validation_fraction": 0.1, "augment": "none"}
+    values["lighting"] = "paper"
     assert data_spec(config(data=values)) == DataSpec(**values)
 
 

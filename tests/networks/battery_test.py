@@ -77,6 +77,14 @@ EXPECTED = {
     "standard_resnet34": Expected(21_797_672, 1000, 224, 512, (32, 21_258_240 - 172_032), 36),
     "standard_resnet50": Expected(25_557_032, 1000, 224, 2048, (48, 23_445_504 - 2_768_896), 53),
     "standard_vgg_small": Expected(4_660_106, 10, 32, 8192, (5, 4_571_136), 6),
+    # SNN specification, section 5.
+    "reactnet18": Expected(11_704_424, 1000, 224, 512, (16, 10_985_472), 20),
+    # 9 w^2 + 6 w more for each of the 2, 4, 8 and 2 further blocks.
+    "reactnet34": Expected(11_704_424 + 10_123_008, 1000, 224, 512, (32, 21_086_208), 36),
+    # Stem 3x3 instead of 7x7, 10 classes.
+    "reactnet18_cifar": Expected(11_704_424 - 3 * 40 * 64 - 990 * 513, 10, 32, 512, (16, 10_985_472), 20),
+    "reactnet20": Expected(275_114, 10, 32, 64, (18, 267_264), 21),
+    "reactnet8": Expected(78_890, 10, 32, 64, (6, 73_728), 9),
 }
 
 PRUNED = spec("pruned")
@@ -147,6 +155,8 @@ SMALL = {
     "double_skip": spec("hardtanh_resnet18", stage_sizes=(2, 1), widths=(4, 8)),
     "single_skip": spec("hardtanh_resnet18_cifar", stage_sizes=(2, 1), widths=(4, 8)),
     "hardtanh_vgg_small": spec("hardtanh_vgg_small", widths=(4, 4, 6, 6, 8, 8)),
+    "reactnet": spec("reactnet20", stage_sizes=(2, 1), widths=(4, 8)),
+    "reactnet_imagenet": spec("reactnet18", stage_sizes=(2, 1), widths=(4, 8)),
     # Without dropout: its draws depend on the shape of the batch.
     "hardtanh_mlp": spec("hardtanh_mlp", hidden=12, dropout=0.0),
     "post_activation_padded": spec("standard_resnet20", stage_sizes=(2, 1), widths=(4, 8)),

@@ -18,6 +18,7 @@ EXAMPLES: dict[str, list[Spec]] = {
         spec("distillation"),
         spec("distillation", temperature=5.0, reduction="mean"),
         spec("distillation", temperature=0.5, reduction="batchmean"),
+        spec("distillation", measure="cross_entropy"),
     ],
     "squared_hinge": [spec("squared_hinge")],
     "feature_swap": [spec("feature_swap"), spec("feature_swap", compare="elementwise")],

@@ -33,9 +33,20 @@ def test_batchmean_is_the_divergence_per_row(temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
-def test_the_gradient_is_the_difference_of_the_probabilities(temperature):
+def test_the_cross_entropy_is_that_with_the_teachers_probabilities_as_labels(temperature):
     student, teacher = logits(0), logits(1)
-    gradient = jax.grad(lambda s: term(Distillation(temperature=temperature), s, teacher))(student)
+    p_teacher, p_student = probabilities(teacher, temperature), probabilities(student, temperature)
+    expected = -(p_teacher * np.log(p_student)).sum() / ROWS
+    objective = Distillation(temperature=temperature, measure="cross_entropy")
+    np.testing.assert_allclose(term(objective, student, teacher), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+@pytest.mark.parametrize("measure", ["divergence", "cross_entropy"])
+def test_the_gradient_is_the_difference_of_the_probabilities(temperature, measure):
+    student, teacher = logits(0), logits(1)
+    objective = Distillation(temperature=temperature, measure=measure)
+    gradient = jax.grad(lambda s: term(objective, s, teacher))(student)
     expected = (probabilities(student, temperature) - probabilities(teacher, temperature)) / temperature / ROWS
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
@@ -64,6 +75,11 @@ def test_an_offset_of_all_logits_changes_nothing():
 def test_an_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="reduction='sum': accepted are mean, batchmean"):
         Distillation(reduction="sum")
+
+
+def test_an_unknown_measure_is_refused():
+    with pytest.raises(ValueError, match="measure='distance': accepted are divergence, cross_entropy"):
+        Distillation(measure="distance")
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

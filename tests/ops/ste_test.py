@@ -68,6 +68,14 @@ def test_error_decay_gradient_follows_the_formula(k: float, t: float) -> None:
     np.testing.assert_allclose(pullback(jnp.asarray(cotangent))[0], expected, rtol=1e-5, atol=2.1e-6 * k * t)
 
 
+def test_approx_sign_is_the_sign_with_a_triangle_as_gradient() -> None:
+    x = jnp.array([-3.0, -1.0, -0.75, -0.25, 0.0, 0.25, 0.75, 1.0, 3.0])
+    y, pullback = jax.vjp(ste.approx_sign, x)
+    np.testing.assert_array_equal(y, [-1, -1, -1, -1, 0, 1, 1, 1, 1])
+    # Exact: the positions and slopes are sums of powers of two.
+    np.testing.assert_array_equal(pullback(jnp.full(9, 3.0))[0], [0, 0, 1.5, 4.5, 6, 4.5, 1.5, 0, 0])
+
+
 def test_error_decay_parameters_get_no_gradient() -> None:
     x = jnp.array([-0.3, 0.2])
     gradients = jax.grad(lambda k, t: jnp.sum(ste.error_decay_sign(x, k, t) * x), argnums=(0, 1))(2.0, 0.5)
@@ -85,14 +93,17 @@ def test_error_decay_parameters_may_be_traced() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_error_decay_keeps_the_type(dtype) -> None:
+@pytest.mark.parametrize("function", [lambda x: ste.error_decay_sign(x, 1.0, 2.0), ste.approx_sign])
+def test_signs_with_a_slope_keep_the_type(function, dtype) -> None:
     x = jnp.ones(3, dtype)
-    y, pullback = jax.vjp(lambda x: ste.error_decay_sign(x, 1.0, 2.0), x)
+    y, pullback = jax.vjp(function, x)
     assert y.dtype == pullback(x)[0].dtype == dtype
 
 
 @pytest.mark.parametrize(
-    "function", [*ROUNDING, ste.clip_unit, ste.relu6, ste.hard_tanh], ids=lambda function: function.__name__
+    "function",
+    [*ROUNDING, ste.clip_unit, ste.relu6, ste.hard_tanh, ste.approx_sign],
+    ids=lambda function: function.__name__,
 )
 def test_the_rules_hold_under_jit_and_vmap(function) -> None:
     x = jnp.linspace(-2.0, 8.0, 24).reshape(4, 6)

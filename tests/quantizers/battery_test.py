@@ -36,19 +36,29 @@ WEIGHT_EXAMPLES: dict[str, list[tuple[Spec, int | None]]] = {
         (spec("categorical", values=(-0.3, 0.0, 0.7), mode="soft"), 3),
         (spec("categorical", values=(1.0, 0.5), base_levels=(-1.0, -0.5, 0.5, 1.0), start="even"), 6),
     ],
+    # A scale for each filter.
+    "codebook": [
+        *((spec("codebook", tau=tau), None) for tau in (1, 4, 9)),
+        *(
+            (spec("pruned", inner=spec("codebook", tau=4), amount=0.1, apply_mask=place, pattern=pattern), None)
+            for place, pattern in (("before", "filter"), ("after", "row_block"))
+        ),
+    ],
 }
 ACT_EXAMPLES: dict[str, list[Spec]] = {
     "identity": [IDENTITY],
     "dorefa": [spec("dorefa", bits=bits) for bits in (1, 2, 5, 8)],
     "irnet": [spec("irnet")],
     "sign": [spec("sign")],
+    "approx_sign": [spec("approx_sign")],
 }
 # Binary quantizers whose sign of zero is zero: a level that real data do not reach.
-ZERO_LEVEL = {"irnet", "sign"}
+ZERO_LEVEL = {"irnet", "sign", "approx_sign"}
 # Kernels (kh, kw, I, O): the usual one, 1x1 with odd channels, dense (I, O).
 SHAPES = [(3, 3, 8, 20), (1, 1, 5, 7), (12, 10)]
-# The quantizers whose options do not fit dense kernels.
+# The quantizers whose options do not fit dense kernels, and those for 3x3 kernels.
 NEEDS_FOUR_AXES = {"pruned"}
+NEEDS_3X3 = {"codebook"}
 
 WEIGHTS = [example for examples in WEIGHT_EXAMPLES.values() for example in examples]
 ACTS = [example for examples in ACT_EXAMPLES.values() for example in examples]
@@ -63,7 +73,9 @@ def spec_id(value: Any) -> str:
 
 
 def shapes_of(choice: Spec) -> list[tuple[int, ...]]:
-    return [shape for shape in SHAPES if len(shape) == 4 or choice.name not in NEEDS_FOUR_AXES]
+    shapes = [shape for shape in SHAPES if len(shape) == 4 or choice.name not in NEEDS_FOUR_AXES]
+    names = {choice.name, choice.kwargs.get("inner", choice).name}
+    return [shape for shape in shapes if shape[:2] == (3, 3) or not names & NEEDS_3X3]
 
 
 WEIGHT_CASES = [(choice, levels, shape) for choice, levels in WEIGHTS for shape in shapes_of(choice)]
@@ -119,7 +131,12 @@ def test_decoding_the_encoded_weights_gives_the_weights(choice: Spec, levels, sh
         return
     q = np.asarray(call("__call__", latent, QuantContext()))
     assert jnp.issubdtype(encoded.indices.dtype, jnp.unsignedinteger)
-    assert np.all(np.diff(encoded.levels) > 0)
+    if encoded.levels.ndim == 2:
+        # Look-ups of whole kernels.
+        assert encoded.levels.shape[1] * encoded.indices.size == latent.size
+        np.testing.assert_allclose(encoded.per_weight().decode(), encoded.decode(), rtol=1e-6)
+    else:
+        assert np.all(np.diff(encoded.levels) > 0)
     assert levels is None or encoded.levels.size == levels
     # 1e-6 of the largest weight: the scale is multiplied in another order than in the forward pass.
     np.testing.assert_allclose(encoded.decode(), q, rtol=1e-6, atol=1e-6 * np.abs(q).max())
@@ -132,7 +149,8 @@ def test_weights_are_small_integers_times_the_code_scale(choice: Spec, levels, s
     scale = call("code_scale", latent)
     if scale is None:
         return
-    codes = np.asarray(call("__call__", latent, QuantContext()) / scale)
+    # A filter that is masked as a whole has the scale 0.
+    codes = np.asarray(call("__call__", latent, QuantContext()) / jnp.where(scale == 0, 1.0, scale))
     # 256 is the largest integer up to which bfloat16 holds every integer.
     assert np.abs(np.round(codes)).max() <= 256
     # 3e-6 relative (golden tolerance of the weights) of a code of up to 255.
@@ -166,6 +184,10 @@ def test_weight_gradient_has_the_documented_form(choice: Spec) -> None:
     mask = variables.get("quant_state", {}).get("mask", jnp.ones_like(latent))
     bits = inner.kwargs.get("bits", 32)
     slope = 1 - np.tanh(np.asarray(latent)) ** 2 if 2 <= bits <= 8 else 1.0
+    if inner.name == "codebook":
+        # The estimator is that of the binary kernel: its scale stays in front.
+        masked = latent * mask if choice.kwargs.get("apply_mask") == "before" else latent
+        slope = jnp.mean(jnp.abs(masked), axis=(0, 1, 2), keepdims=True)
     # 1e-6 absolute, the golden files' tolerance of gradients.
     np.testing.assert_allclose(gradient, mask * slope * cotangent, atol=1e-6)
 
@@ -235,8 +257,12 @@ def test_activation_gradient_passes_inside_its_range_only(choice: Spec) -> None:
     module = build_act(choice)()
     x = jnp.array([[-2.0, -0.01, 0.01, 0.5, 0.99, 1.01, 3.0]])
     gradient = jax.grad(lambda x: jnp.sum(module.apply({}, x, QuantContext())))(x)
-    inside = (np.asarray(x) > 0) & (np.asarray(x) < 1) if choice.name == "dorefa" else np.ones(x.shape, bool)
-    np.testing.assert_array_equal(gradient, inside)
+    slopes = {
+        "dorefa": (x > 0) & (x < 1),
+        # Twice as steep as the identity at 0, 0 from 1 on.
+        "approx_sign": jnp.maximum(0, 2 - 2 * jnp.abs(x)),
+    }
+    np.testing.assert_array_equal(gradient, slopes.get(choice.name, jnp.ones(x.shape)))
 
 
 @each_act

@@ -45,8 +45,8 @@ def test_resnet20_by_value() -> None:
 
 def test_resnet20_bits_follow_the_definitions() -> None:
     total = of_network("resnet20", quant=low_bit(4, 2)).total
-    # BatchNorm stores scale, bias, running mean and running variance: twice its parameters.
-    floats = 432 + 2560 + 650 + 2 * 1568
+    # BatchNorm stores scale, bias, running mean and running variance: twice its parameters. A scale a quantized layer.
+    floats = 432 + 2560 + 650 + 2 * 1568 + 18
     assert total.quantized_bits == 4 * 267_264
     assert total.full_precision_bits == 32 * floats
     assert total.stored_bits == total.quantized_bits + total.codebook_bits + total.full_precision_bits
@@ -183,7 +183,8 @@ def test_a_layer_called_twice_stores_once_and_computes_twice() -> None:
     assert conv.output_shape == (4, 4, 4)
     assert (conv.weights, conv.parameters) == (72, 76)
     assert conv.macs == 2 * (4 * 4 * 4) * (3 * 3 * 2)
-    assert (conv.quantized_bits, conv.full_precision_bits) == (2 * 72, 32 * 4)
+    # Stored in full precision: the bias and the scale of the layer.
+    assert (conv.quantized_bits, conv.full_precision_bits) == (2 * 72, 32 * (4 + 1))
     assert conv.activation_bits == 3
     assert conv.bit_operations == 2 * 3 * conv.macs
 
@@ -191,6 +192,61 @@ def test_a_layer_called_twice_stores_once_and_computes_twice() -> None:
 def test_the_widest_input_of_a_layer_called_twice_counts() -> None:
     layers = {layer.path: layer for layer in complexity(Odd(second_input="a sum"), (8, 8, 4)).layers}
     assert layers["conv"].activation_bits == 32
+
+
+# ---- sub-bit weights
+
+
+def sub_bit(tau: int) -> QuantSpec:
+    return QuantSpec(weight=spec("codebook", tau=tau), act=spec("sign"))
+
+
+@pytest.mark.parametrize("tau", [4, 5, 9])
+def test_a_layer_of_codebook_kernels_by_value(tau) -> None:
+    layers = {x.path: x for x in of_network("standard_resnet18_cifar", quant=sub_bit(tau)).layers}
+    conv = layers["layer4_0/conv1"]
+    kernels, positions = 256 * 512, 4 * 4
+    # With all 512 patterns nothing is shared, and an index is the pattern itself.
+    per_position = 256 * (9 * 2**tau + 512 / 2) if tau < 9 else 9 * kernels
+    assert (conv.weights, conv.weight_bits, conv.operation_bits) == (9 * kernels, tau / 9, 1)
+    assert conv.parameters == 9 * kernels + 9 * 2**tau
+    assert conv.quantized_bits == tau * kernels
+    assert conv.codebook_bits == (9 * 2**tau if tau < 9 else 0)
+    # One scale a filter; the codebook's real values are not stored.
+    assert conv.full_precision_bits == 32 * 512
+    assert (conv.macs, conv.shared_macs) == (positions * 9 * kernels, positions * per_position)
+    assert conv.bit_operations == positions * per_position
+
+
+def test_patterns_are_shared_where_they_are_fewer_than_the_filters() -> None:
+    layers = {x.path: x for x in of_network("standard_resnet18_cifar", quant=sub_bit(6)).layers}
+    narrow, wide = layers["layer1_0/conv1"], layers["layer2_0/conv1"]
+    assert (narrow.kernel_shape[-1], wide.kernel_shape[-1]) == (64, 128)
+    assert narrow.bit_operations == narrow.macs
+    assert wide.bit_operations == 16 * 16 * 64 * (9 * 64 + 128 // 2) < wide.macs
+
+
+def test_a_mask_around_a_codebook_changes_no_cost() -> None:
+    pruned = QuantSpec(weight=spec("pruned", inner=spec("codebook", tau=4), amount=0.5), act=spec("sign"))
+    assert of_network("standard_resnet20", quant=pruned) == of_network("standard_resnet20", quant=sub_bit(4))
+
+
+def test_weights_of_one_bit_at_real_activations_multiply_32_bits() -> None:
+    cost = of_network("standard_resnet20", quant=QuantSpec(weight=spec("codebook", tau=9)))
+    assert cost.total.bit_operations == 32 * 40_108_032
+
+
+@pytest.mark.parametrize(("quantizer", "scales"), [("dorefa", 1), ("irnet", 20), ("sign", 0), ("codebook", 20)])
+def test_scales_that_follow_from_the_weights_are_stored(quantizer, scales) -> None:
+    options = {"bits": 1} if quantizer == "dorefa" else {}
+
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x, ctx):
+            return QuantConv(20, weight_quantizer=build_weight(spec(quantizer, **options)), name="conv")(x, ctx)
+
+    (layer,) = complexity(One(), (8, 8, 4)).layers
+    assert layer.full_precision_bits == 32 * scales
 
 
 def test_a_parameter_outside_any_layer_is_counted() -> None:

@@ -58,5 +58,19 @@ def test_a_mask_behind_the_quantizer_adds_the_level_zero(apply_mask, use) -> Non
         assert counts.counts[np.flatnonzero(counts.levels == 0)].tolist() == [counts.masked]
 
 
+def test_patterns_are_counted_once_a_kernel() -> None:
+    network, variables = build(spec("codebook", tau=4))
+    counts = level_counts(network, variables, image_shape=IMAGE_SHAPE)["conv"]
+    assert counts.levels.shape == (16, 9) and counts.counts.shape == (16,)
+    assert counts.counts.sum() == 8 * 16
+    # Kernels of one kind take one pattern; two kinds need one bit for nine weights.
+    kernel = np.ones((3, 3, 8, 16), np.float32)
+    kernel[..., :2] = -1
+    variables["params"]["conv"]["kernel"] = jnp.asarray(kernel)
+    counts = level_counts(network, variables, image_shape=IMAGE_SHAPE)["conv"]
+    assert sorted(counts.counts)[-3:] == [0, 16, 8 * 14]
+    assert levels_in_use(network, variables, image_shape=IMAGE_SHAPE) == {"conv": LevelUse(levels=2, bits=1 / 9)}
+
+
 def test_real_valued_layers_have_no_levels() -> None:
     assert levels_in_use(*build(IDENTITY), image_shape=IMAGE_SHAPE) == {}

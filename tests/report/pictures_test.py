@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnn_jax import objectives
+from bnn_jax import objectives, quantizers
 from bnn_jax.objectives import OBJECTIVES
 from bnn_jax.report import pictures, plots
 from bnn_jax.stages import spec
@@ -38,6 +38,16 @@ def test_a_stage_offers_what_its_terms_offer(names, expected):
     assert pictures.offered(build(*names)) == expected
 
 
+@pytest.mark.parametrize("choice", [spec("identity"), spec("irnet"), spec("codebook", tau=4)])
+def test_quantizers_offer_known_pictures_through_pruning_too(choice):
+    def offered(weight):
+        return quantizers.build_weight(weight)(parent=None).pictures
+
+    assert offered(choice) <= set(pictures.PICTURES)
+    assert offered(spec("pruned", inner=choice)) == offered(choice)
+    assert bool(offered(choice)) == (choice.name == "codebook")
+
+
 @dataclasses.dataclass
 class Drawn:
     """What the plots were called with."""
@@ -66,6 +76,7 @@ def stage(**bank: Any) -> pictures.FinishedStage:
         objective_state={"label_bank": state},
         features=lambda: (np.ones((3, 2)), np.array([0, 1, 0])),
         class_names=("cat", "dog"),
+        variables=lambda: ({}, {}),
     )
 
 

@@ -24,13 +24,13 @@ METRICS = {
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures made during the test."""
-    figures, make = [], plots._new_figure
+    figures, make = [], plots.new_figure
 
     def remember(**size):
         figures.append(make(**size))
         return figures[-1]
 
-    monkeypatch.setattr(plots, "_new_figure", remember)
+    monkeypatch.setattr(plots, "new_figure", remember)
     return figures
 
 

@@ -43,6 +43,13 @@ def test_a_result_row_shows_last_before_best_and_all_sizes() -> None:
     assert "on validation" in text
 
 
+def test_sub_bit_weights_by_levels_keep_their_fraction() -> None:
+    sub_bit = {"bits": 5 / 9, "quantized_weight_bits": 6_103_040, "level_bits": 4 / 9}
+    row = row_of(rendered(tables.results_table([{**RESULT, **sub_bit}])), "w1a1")
+    assert " ".join(row[7:11]) == "6.10 Mbit 4.88 Mbit"
+    assert row[1] == "0.556"
+
+
 def test_missing_values_of_a_result_are_dashes() -> None:
     assert row_of(rendered(tables.results_table([{"stage": "w1a1"}])), "w1a1") == ["w1a1"] + ["-"] * 9
 
@@ -75,12 +82,28 @@ def test_lists_of_values_in_a_few_words(values, text) -> None:
 
 
 @pytest.mark.parametrize(
+    ("quantizer", "text"),
+    [
+        (spec("identity"), "-"),
+        (spec("sign"), "sign"),
+        (spec("codebook", tau=5), "codebook 5"),
+        (spec("pruned", inner=spec("dorefa", bits=4)), "dorefa 4 + pruned"),
+    ],
+)
+def test_quantizers_in_a_few_words(quantizer, text) -> None:
+    assert tables.describe_quantizer(quantizer) == text
+
+
+@pytest.mark.parametrize(
     ("schedule", "text"),
     [
         (spec("constant", value=0.1), "0.1"),
         (spec("piecewise", boundaries=(1, 2), values=(0.1, 0.01, 0.001)), "0.1 to 0.001, 3 steps"),
         (spec("piecewise", boundaries=(), values=(0.1,)), "0.1"),
         (spec("cosine", initial=0.2), "0.2 to 0, cosine"),
+        (spec("cosine_by_epoch", initial=0.2, final=1e-5, warmup_epochs=3), "0.2 to 1e-05, cosine"),
+        (spec("linear_by_epoch", initial=0.001), "0.001 to 0, linear"),
+        (spec("every", interval=25), "every"),
     ],
 )
 def test_schedules_in_a_few_words(schedule, text) -> None:
@@ -94,7 +117,10 @@ def test_the_widest_network_fits_with_every_reason_in_full() -> None:
     assert row_of(text, "layer4_0/downsample_conv")[1:] == [
         "1x1x256x512",
         "7x7",
-        "131,072",
+        "131",
+        "k",
+        "4.19",
+        "M",
         "32",
         "32",
         "6.42",
@@ -102,10 +128,29 @@ def test_the_widest_network_fits_with_every_reason_in_full() -> None:
         "-",
         "shortcut",
     ]
-    assert row_of(text, "total")[1] == "11,688,616"
+    assert row_of(text, "total")[1:] == ["11.7", "M", "33.8", "M", "1.81", "G", "53.6", "G"]
     assert row_of(text, "20 x batch_norm")[-2:] == ["batch", "norm"]
-    assert "11.0 Mbit quantized weights" in text
+    for line in ("parameters: 11,688,616", "10.99 Mbit quantized weights", "MACs: 1.814 G", "bit ops: 53.64 G"):
+        assert line in text
+    assert "codebooks" not in text and "share" not in text
     assert "…" not in text
+
+
+def test_the_widest_kernels_fit() -> None:
+    network = networks.build(spec("standard_resnet50"), QuantSpec(weight=spec("dorefa", bits=1)), num_classes=1000)
+    text = rendered(complexity(network, (224, 224, 3)).table())
+    assert row_of(text, "layer4_0/downsample_conv")[1] == "1x1x1024x2048"
+    assert "…" not in text
+
+
+def test_a_table_of_codebooks_shows_them_and_what_is_shared() -> None:
+    network = networks.build(
+        spec("standard_resnet20"), QuantSpec(weight=spec("codebook", tau=4), act=spec("sign")), num_classes=10
+    )
+    text = " ".join(rendered(complexity(network, (32, 32, 3)).table()).split())
+    assert "118.8 kbit quantized weights + 2.592 kbit codebooks" in text
+    assert "MACs: 40.55 M bit ops: 25.33 M" in text
+    assert "patterns that filters share counted once" in text
 
 
 @pytest.mark.parametrize(
@@ -121,6 +166,20 @@ def test_the_widest_network_fits_with_every_reason_in_full() -> None:
 )
 def test_counts_in_units(value, text) -> None:
     assert tables.format_si(value, "bit") == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (6_103_040, "6.103 M"),
+        (10_985_472, "10.99 M"),
+        (883.94e6, "883.9 M"),
+        (999_949, "999.9 k"),
+        (999_951, "1.000 M"),
+    ],
+)
+def test_counts_with_more_digits(value, text) -> None:
+    assert tables.format_si(value, digits=4) == text
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,6 @@ def test_one_device_needs_no_filling():
 def test_the_images_of_a_filled_up_batch_are_augmented_as_those_of_the_batch_alone():
     # Otherwise the number of devices would change what is trained on.
     images = jnp.asarray(np.random.RandomState(0).randint(0, 256, (8, 6, 6, 3)), jnp.uint8)
-    options = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "augment": "pad_crop_flip", "pad": 2}
+    options = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "augment": "pad_crop_flip", "pad": 2, "lighting": "paper"}
     prepare = jax.jit(lambda batch: prepare_train(batch, jax.random.key(1), **options))
     np.testing.assert_array_equal(prepare(images)[:5], prepare(images[:5]))

@@ -6,12 +6,14 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
 from bnn_jax.errors import CheckpointError
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, spec
 from bnn_jax.training import import_weights
+from bnn_jax.training.create import variable_shapes
 from bnn_jax.training.import_weights import import_pytorch, read_pytorch
 from tests.conftest import ROOT
 
@@ -86,6 +88,10 @@ def tensor(source=None, *, offset=0, size=(2, 3), stride=(3, 1)) -> Call:
     return Call(Global("torch._utils", "_rebuild_tensor_v2"), arguments)
 
 
+def parameter(data) -> Call:
+    return Call(Global("torch._utils", "_rebuild_parameter"), (data, True, ORDERED_DICT))
+
+
 def write(path, content, records, *, compression=zipfile.ZIP_STORED, extra=()):
     """Writes a file as torch.save does; ``records`` are the raw storages by key."""
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -98,13 +104,15 @@ def write(path, content, records, *, compression=zipfile.ZIP_STORED, extra=()):
     return path
 
 
-def saved(state: dict) -> tuple[object, dict[str, bytes]]:
-    """Content and records of a state: an OrderedDict of tensors with PyTorch's version table."""
+def saved(state: dict, *, parameters: bool = False) -> tuple[object, dict[str, bytes]]:
+    """Content and records of a state: an OrderedDict of tensors, or parameters, with PyTorch's version table."""
     items, records = {}, {}
     for key, (name, array) in enumerate(state.items()):
         strides = tuple(stride // array.itemsize for stride in array.strides)
         source = storage(str(key), kind=STORAGES[array.dtype], elements=array.size)
         items[name] = tensor(source, size=array.shape, stride=strides)
+        if parameters and not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            items[name] = parameter(items[name])
         records[str(key)] = array.tobytes()
     ordered = Opcodes(assemble(ORDERED_DICT) + assemble(items)[1:])
     return Build(ordered, {"_metadata": {"": {"version": 1}}}), records
@@ -203,12 +211,13 @@ def test_an_unknown_byte_order_is_refused(tmp_path):
     assert_refused(path, "byte order middle; accepted are little, big")
 
 
-def test_only_the_four_globals_of_the_released_files_are_allowed():
+def test_only_the_globals_of_the_released_files_are_allowed():
     assert set(import_weights._allowed_globals()) == {
         ("collections", "OrderedDict"),
         ("torch", "FloatStorage"),
         ("torch", "LongStorage"),
         ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_parameter"),
     }
 
 
@@ -230,6 +239,8 @@ def touch(marker) -> tuple:
         (lambda m: Call(Global("torch", "FloatStorage"), (1 << 40,)), "no function"),
         (lambda m: Call(Global("collections", "OrderedDict"), ([["a", 1]],)), "TypeError"),
         (lambda m: Call(Global("torch._utils", "_rebuild_tensor_v2"), ()), "TypeError"),
+        (lambda m: Call(Global("torch._utils", "_rebuild_parameter"), (tensor(),)), "TypeError"),
+        (lambda m: parameter(3), "a parameter without a tensor"),
         (lambda m: Build(Global("torch._utils", "_rebuild_tensor_v2"), {"__call__": 1}), "changes an object"),
         (lambda m: Build(Global("collections", "OrderedDict"), {"make": 1}), "changes an object"),
         (lambda m: Build(Global("torch", "FloatStorage"), {"type": 1}), "changes an object"),
@@ -468,6 +479,10 @@ NAMES = [
     ("fc.bias", 1, "params/fc/bias"),
     ("fc3.weight", 2, "params/fc3/kernel"),
     ("fc3.bias", 1, "params/fc3/bias"),
+    ("layer1.0.move0.bias", 4, "params/layer1_0/sign_shift/bias"),
+    ("layer1.0.move1.bias", 4, "params/layer1_0/rprelu/input_shift/bias"),
+    ("layer1.0.prelu.weight", 1, "params/layer1_0/rprelu/prelu/slope"),
+    ("layer1.0.move2.bias", 4, "params/layer1_0/rprelu/output_shift/bias"),
 ]
 
 ALIASES = [
@@ -476,6 +491,11 @@ ALIASES = [
     ("layer2.0.shortcut.0.weight", 4, "params/layer2_0/downsample_conv/kernel"),
     ("layer2.0.shortcut.1.weight", 1, "params/layer2_0/downsample_bn/scale"),
     ("layer2.0.shortcut.1.running_mean", 1, "batch_stats/layer2_0/downsample_bn/mean"),
+    ("layer1.0.binary_conv.weight", 4, "params/layer1_0/conv1/kernel"),
+    ("layer1.0.binary_conv.binarize.patterns", 2, "params/layer1_0/conv1/weight_quantizer/codebook"),
+    ("layer2.0.downsample.1.weight", 4, "params/layer2_0/downsample_conv/kernel"),
+    ("layer2.0.downsample.2.weight", 1, "params/layer2_0/downsample_bn/scale"),
+    ("layer2.0.downsample.2.running_var", 1, "batch_stats/layer2_0/downsample_bn/var"),
 ]
 
 
@@ -514,6 +534,30 @@ def test_convolution_kernels_change_their_layout():
     ours = import_weights.convert_layout(array, to="ours")
     assert ours.shape == (4, 5, 3, 2) and ours[3, 1, 2, 0] == array[0, 2, 3, 1]
     np.testing.assert_array_equal(import_weights.convert_layout(ours, to="pytorch"), array)
+
+
+def test_shifts_lose_the_axes_of_the_activations():
+    tree = import_weights.convert_names({"move0.bias": np.arange(3.0).reshape(1, 3, 1, 1)})
+    np.testing.assert_array_equal(tree["params"]["sign_shift"]["bias"], [0.0, 1.0, 2.0])
+
+
+def test_codebooks_keep_their_layout():
+    codebook = random_array(16, 9)
+    tree = import_weights.convert_names({"binary_conv.binarize.patterns": codebook})
+    np.testing.assert_array_equal(tree["params"]["conv1"]["weight_quantizer"]["codebook"], codebook)
+
+
+def test_a_memory_the_file_leaves_out_is_the_sign_of_its_codebook():
+    codebook = np.array([[0.5, -0.5], [-2.0, 1e-4]], np.float32)
+    place = {"conv1": {"weight_quantizer": {"codebook": codebook}}}
+    target = {"params": place, "quant_state": {"conv1": {"weight_quantizer": {"memory": codebook}}}}
+    found = import_weights.import_state({"binary_conv.binarize.patterns": codebook}, target)
+    np.testing.assert_array_equal(found["params"]["conv1"]["weight_quantizer"]["codebook"], codebook)
+    memory = found["quant_state"]["conv1"]["weight_quantizer"]["memory"]
+    np.testing.assert_array_equal(memory, [[1.0, -1.0], [-1.0, 1.0]])
+    assert memory.dtype == np.float32
+    with pytest.raises(CheckpointError, match="memory"):
+        import_weights.import_state({"fc.bias": codebook[0]}, target)
 
 
 def test_dense_kernels_change_their_layout():
@@ -580,6 +624,86 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, state, reason):
     path = save(tmp_path / "x.pth", state)
     with pytest.raises(CheckpointError, match=rf"^{path}: checkpoint of another network: .*{reason}"):
         import_pytorch(path, small_target())
+
+
+# ---- ImageNet weights of torchvision
+
+
+def torchvision_state(blocks: tuple[int, ...], *, bottleneck: bool, widths=(64, 128, 256, 512), classes=1000) -> dict:
+    """Names and shapes of torchvision's ResNets, with zeros that take no memory."""
+    shapes = {"conv1.weight": (widths[0], 3, 7, 7)}
+    inputs = widths[0]
+
+    def norm(name: str, width: int) -> None:
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{leaf}"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    norm("bn1", widths[0])
+    for stage, (count, width) in enumerate(zip(blocks, widths), start=1):
+        for index in range(count):
+            name = f"layer{stage}.{index}"
+            output = 4 * width if bottleneck else width
+            kernels = ((width, 1), (width, 3), (output, 1)) if bottleneck else ((width, 3), (width, 3))
+            previous = inputs
+            for number, (features, size) in enumerate(kernels, start=1):
+                shapes[f"{name}.conv{number}.weight"] = (features, previous, size, size)
+                norm(f"{name}.bn{number}", features)
+                previous = features
+            if index == 0 and (stage > 1 or bottleneck):
+                shapes[f"{name}.downsample.0.weight"] = (output, inputs, 1, 1)
+                norm(f"{name}.downsample.1", output)
+            inputs = output
+    shapes |= {"fc.weight": (classes, inputs), "fc.bias": (classes,)}
+    dtypes = {name: np.int64 if name.endswith("tracked") else np.float32 for name in shapes}
+    return {name: np.broadcast_to(np.zeros((), dtypes[name]), shape) for name, shape in shapes.items()}
+
+
+# Number of arrays, and of numbers, of torchvision's files, without the counters of batches.
+@pytest.mark.parametrize(
+    ("name", "blocks", "arrays", "numbers"),
+    [
+        ("standard_resnet18", (2, 2, 2, 2), 102, 11_699_112),
+        ("standard_resnet34", (3, 4, 6, 3), 182, 21_814_696),
+        ("standard_resnet50", (3, 4, 6, 3), 267, 25_610_152),
+    ],
+)
+def test_the_imagenet_weights_of_torchvision_fit_leaf_by_leaf(name, blocks, arrays, numbers):
+    state = torchvision_state(blocks, bottleneck=name == "standard_resnet50")
+    target = variable_shapes(networks.build(spec(name), QuantSpec(), num_classes=1000), (224, 224, 3))
+    # A missing, unknown or misshapen array would be an error.
+    leaves = jax.tree.leaves(import_weights.import_state(state, target))
+    assert len(leaves) == len([key for key in state if not key.endswith("tracked")]) == arrays
+    assert sum(leaf.size for leaf in leaves) == numbers
+
+
+@pytest.mark.parametrize("name", ["standard_resnet18", "standard_resnet50"])
+def test_logits_survive_a_round_trip_through_a_file_of_parameters(tmp_path, name):
+    widths, generator = (4, 8), np.random.default_rng(0)
+    network = networks.build(spec(name, stage_sizes=(1, 2), widths=widths), QuantSpec(), num_classes=7)
+    state = torchvision_state((1, 2), bottleneck=name == "standard_resnet50", widths=widths, classes=7)
+    for key, array in state.items():
+        low = 0.5 if key.endswith("running_var") else -0.5
+        state[key] = generator.uniform(low, 1.0, array.shape).astype(array.dtype)
+    content, records = saved(state, parameters=True)
+    path = write(tmp_path / "weights.pth", content, records)
+    variables = import_pytorch(path, variable_shapes(network, (16, 16, 3)))
+    # Every array is where its name says: the way back gives the state that was written.
+    back = {
+        import_weights.to_pytorch_name("/".join((collection, *names))): np.ascontiguousarray(
+            import_weights.convert_layout(leaf, to="pytorch")
+        )
+        for collection in ("params", "batch_stats")
+        for names, leaf in flatten_dict(variables[collection]).items()
+    }
+    assert set(back) == {key for key in state if not key.endswith("tracked")}
+    for key, array in back.items():
+        np.testing.assert_array_equal(array, state[key])
+    again = import_pytorch(save(tmp_path / "again.pth", back), variable_shapes(network, (16, 16, 3)))
+    images = generator.standard_normal((2, 16, 16, 3)).astype(np.float32)
+    logits = [network.apply(tree, images, QuantContext()).logits for tree in (variables, again)]
+    np.testing.assert_array_equal(*logits)
+    assert np.all(np.isfinite(logits[0])) and np.ptp(logits[0]) > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 """The optimisers against PyTorch's rules written out in NumPy (float64)."""
 
+import itertools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec, spec
 from bnn_jax.training.optim import group_labels, make_optimizer
 
@@ -182,3 +186,139 @@ def test_the_optimizer_is_built_from_shapes_alone():
     shapes = jax.eval_shape(parameters)
     optimizer = make_optimizer(optim_spec(spec("sgd", momentum=0.9)), shapes, schedule=schedule)
     assert jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+
+
+# ---- parameters with a gradient on some steps only
+
+# Steps of the ten on which the knob 'refine' is on.
+ON = (2, 5, 6)
+
+
+def gated_groups(without: str, *, weight_decay: float = 0.0) -> tuple[ParameterGroup, ...]:
+    gate = {"gradient_knob": "refine", "without_gradient": without}
+    return (ParameterGroup("norm", weight_decay=weight_decay, **gate), ParameterGroup(".*", weight_decay=weight_decay))
+
+
+def train_gated(optim: OptimSpec, *, on: tuple[int, ...] = ON, with_knob: bool = True) -> tuple[list[dict], Any]:
+    """Parameters before and after every step, and the optimiser's last state; 'norm' has a gradient on some steps."""
+    params = parameters()
+    optimizer = make_optimizer(optim, params, schedule=schedule)
+    state, history = optimizer.init(params), [params]
+
+    @jax.jit
+    def update(grads, state, params, step):
+        value = jnp.any(step == jnp.asarray(on)).astype(jnp.float32)
+        ctx = QuantContext(train=True, step=step, knobs={"refine": value} if with_knob else {})
+        grads = {**grads, "norm": jax.tree.map(lambda g: g * value, grads["norm"])}
+        changes, state = optimizer.update(grads, state, params, ctx=ctx)
+        return optax.apply_updates(params, changes), state
+
+    for step in range(STEPS):
+        params, state = update(gradients(step), state, params, jnp.int32(step))
+        history.append(params)
+    return history, state
+
+
+def pytorch_gated_adam(without: str, *, weight_decay: float) -> np.ndarray:
+    """Adam that is told of a gradient on the steps ON; 'step': from the first on it sees zeros, 'skip': nothing."""
+    p = np.asarray(parameters()["norm"]["scale"], np.float64)
+    m, v, count = np.zeros_like(p), np.zeros_like(p), 0
+    for step in range(STEPS):
+        if step not in ON and (without == "skip" or step < ON[0]):
+            continue
+        g = np.asarray(gradients(step)["norm"]["scale"], np.float64) * (step in ON) + weight_decay * p
+        count += 1
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        p = p - RATES[step] * m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
+    return p
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("without", ["step", "skip"])
+def test_adam_has_a_clock_of_its_own_for_parameters_with_a_gradient_on_some_steps(without, weight_decay):
+    history, _ = train_gated(optim_spec(spec("adam"), groups=gated_groups(without, weight_decay=weight_decay)))
+    expected = pytorch_gated_adam(without, weight_decay=weight_decay)
+    # In float32 the bias correction 1 - 0.999**n has a relative error of 6e-8 / 1e-3; the moves sum up to 0.5.
+    np.testing.assert_allclose(history[-1]["norm"]["scale"], expected, atol=2e-5)
+    scales = [params["norm"]["scale"] for params in history]
+    moved = [bool((before != after).any()) for before, after in itertools.pairwise(scales)]
+    assert moved == [step in ON if without == "skip" else step >= ON[0] for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("without", ["step", "skip"])
+def test_the_gate_of_one_group_leaves_the_others_alone(without):
+    gated = train_gated(optim_spec(spec("adam"), groups=gated_groups(without)))[0][-1]
+    free = train(optim_spec(spec("adam"), groups=(ParameterGroup(".*"),)))
+    # Two programs, one of them compiled as a whole.
+    np.testing.assert_allclose(gated["conv"]["kernel"], free["conv"]["kernel"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("with_knob", [True, False])
+def test_without_any_gradient_neither_weight_decay_nor_the_clock_moves(with_knob):
+    optim = optim_spec(spec("adam"), groups=gated_groups("step", weight_decay=0.5))
+    history, state = train_gated(optim, on=(), with_knob=with_knob)
+    np.testing.assert_array_equal(history[-1]["norm"]["scale"], parameters()["norm"]["scale"])
+    gate = state.inner_states["0"].inner_state[0]
+    assert not gate.started
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gate.inner))
+
+
+def test_the_gate_works_for_momentum_too():
+    history, _ = train_gated(optim_spec(spec("sgd", momentum=0.9), groups=gated_groups("step")))
+    p, buffer = np.asarray(parameters()["norm"]["scale"], np.float64), 0.0
+    for step in range(ON[0], STEPS):
+        buffer = 0.9 * buffer + np.asarray(gradients(step)["norm"]["scale"], np.float64) * (step in ON)
+        p = p - RATES[step] * buffer
+    np.testing.assert_allclose(history[-1]["norm"]["scale"], p, **TOLERANCE)
+
+
+def displacements(without: str, steps: int, interval: int = 25) -> np.ndarray:
+    """Change of a parameter over each step, in learning rates, under a constant gradient every 25th step."""
+    params, gate = {"p": jnp.zeros(1)}, ParameterGroup(".*", gradient_knob="refine", without_gradient=without)
+    optimizer = make_optimizer(
+        optim_spec(spec("adam"), groups=(gate,)), params, schedule=lambda step: jnp.float32(1e-3)
+    )
+
+    def one(carry, step):
+        params, state = carry
+        on = ((step + 1) % interval == 0).astype(jnp.float32)
+        ctx = QuantContext(train=True, step=step, knobs={"refine": on})
+        changes, state = optimizer.update({"p": jnp.full(1, -0.5) * on}, state, params, ctx=ctx)
+        return (optax.apply_updates(params, changes), state), changes["p"][0] / 1e-3
+
+    return np.asarray(jax.lax.scan(one, (params, optimizer.init(params)), jnp.arange(steps))[1])
+
+
+def test_momentum_carries_on_between_two_gradients_as_in_the_release():
+    moves = displacements("step", 25 * 200)
+    assert (moves[:24] == 0).all()
+    # Figures of the specification, section 2.10, to the digits given there.
+    np.testing.assert_allclose(moves[24:28], [1.00, 0.67, 0.52, 0.42], atol=0.005)
+    assert moves[24:49].sum() == pytest.approx(5.57, abs=0.005)
+    # Limit: the moments of Adam fill up over thousands of steps.
+    assert moves[-25:].sum() == pytest.approx(4.99, abs=0.05)
+
+
+def test_with_skipping_a_gradient_moves_once():
+    moves = displacements("skip", 25 * 4)
+    np.testing.assert_allclose(moves[24::25], 1.0, rtol=1e-4)
+    assert (np.delete(moves, np.arange(24, 100, 25)) == 0).all()
+
+
+def test_another_rule_for_steps_without_gradient_is_refused():
+    groups = (ParameterGroup(".*", gradient_knob="refine", without_gradient="stop"),)
+    with pytest.raises(ValueError, match="without_gradient='stop': accepted are 'step', 'skip'"):
+        make_optimizer(optim_spec(spec("adam"), groups=groups), parameters(), schedule=schedule)
+
+
+def test_the_state_of_a_group_without_a_gate_keeps_its_structure_so_that_checkpoints_stay_readable():
+    optimizer = make_optimizer(optim_spec(spec("sgd", momentum=0.9)), parameters(), schedule=schedule)
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(optimizer.init(parameters()))
+    ]
+    trace = ".inner_states['0'].inner_state[1].trace"
+    assert paths == [
+        f"{trace}['conv']['kernel']",
+        f"{trace}['norm']['scale']",
+        ".inner_states['0'].inner_state[2].count",
+    ]

@@ -1,0 +1,155 @@
+"""SNN: sub-bit weights, in two steps taught by a full-precision network.
+
+The first step binarises the activations alone, the second the weights too, every 3x3 kernel to one of the 2**tau
+patterns of its layer's codebook. Both minimise the cross-entropy with a teacher's probabilities, without labels. Where
+the teacher is no file it is the first stage. With ``config.snn.two_step=False`` the second step starts from scratch.
+
+Every ``refine_interval``-th step the codebooks have a gradient, and duplicates among their patterns are replaced
+("refinement"). The released program refines only on a single GPU: on several, each works on a copy whose changes are
+thrown away, so that codebooks stay the random patterns they began with.
+
+  paper         refinement; new patterns take the places of the duplicates, whose memory and moments are cleared
+  release_1gpu  refinement; rows move up in place of the duplicates, memory and moments stay where they were
+  release_4gpu  no refinement
+
+Reference: Wang et al. 2021 (arXiv 2110.09195); release: yikaiw/SNN. First step and recipe: ReActNet, Liu et al. 2020
+  (arXiv 2003.03488).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from bnn_jax.errors import UserError
+from bnn_jax.methods.common import data_spec, sgd_spec
+from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"refine": True, "maintenance": "clean", "pattern_optimizer": "release14"},
+    "release_1gpu": {"refine": True, "maintenance": "release", "pattern_optimizer": "release14"},
+    "release_4gpu": {"refine": False, "maintenance": "release", "pattern_optimizer": "release14"},
+}
+
+TEACHER, FIRST, SECOND = "teacher", "binary_activations", "sub_bit"
+
+# Knob of bnn_jax.quantizers.codebook.
+REFINE_KNOB = "refine_codebook"
+# On the steps between two gradients of a codebook, Adam takes it for one of 0 (PyTorch 1.4), or does nothing (2.0).
+WITHOUT_GRADIENT: dict[str, Literal["step", "skip"]] = {"release14": "step", "skip": "skip"}
+
+CODEBOOKS = "/weight_quantizer/codebook$"
+# What the release decays: tensors with four axes. These are the kernels of all convolutions and, for the way they are
+# stored, the shifts around signs and rectifiers; and the codebooks, for their name.
+DECAYED = r"conv\d*/kernel$|_shift/bias$"
+
+
+def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Teacher (unless it is a file), binary activations (unless from scratch), sub-bit weights.
+
+    Args:
+      config: validated config with the section ``snn``.
+
+    Raises:
+      UserError: a number of epochs or weight decays that does not fit the steps.
+    """
+    snn, switches = config["snn"], resolve(config)
+    steps = (FIRST, SECOND) if snn["two_step"] else (SECOND,)
+    epochs, decays = (_by_step(config, key) for key in ("epochs", "weight_decays"))
+    students = [
+        _step(config, switches, name, epochs=epochs[name], weight_decay=decays[name], previous=previous)
+        for previous, name in zip((None, *steps), steps)
+    ]
+    return (teacher_stage(config), *students) if snn["teacher"] == "stage" else tuple(students)
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The switches of the run: the preset's values, replaced by those given explicitly."""
+    snn = config["snn"]
+    return {key: value if snn[key] is None else snn[key] for key, value in PRESETS[snn["preset"]].items()}
+
+
+def _by_step(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The values of both steps, by name, whether both are trained or not; a single value serves both."""
+    values = config["snn"][key]
+    if len(values) not in (1, 2):
+        raise UserError(f"config.snn.{key}={values!r}: accepted is one value, or one for each of {FIRST}, {SECOND}")
+    return {FIRST: values[0], SECOND: values[-1]}
+
+
+def teacher_stage(config: Mapping[str, Any]) -> Stage:
+    """The full-precision network, trained on the labels by stochastic gradient descent as ``config.train`` says."""
+    snn = config["snn"]
+    rate = spec("cosine", initial=snn["teacher_learning_rate"])
+    return Stage(
+        name=TEACHER,
+        network=spec(snn["teacher_network"]),
+        quant=QuantSpec(),
+        data=data_spec(config),
+        objectives=(spec("cross_entropy", weight=1.0),),
+        optim=sgd_spec(config, learning_rate=rate, epochs=snn["teacher_epochs"]),
+        seed=config["seed"],
+        init_seed=config["seed"],
+        compute_dtype=config["train"]["compute_dtype"],
+    )
+
+
+def _step(
+    config: Mapping[str, Any],
+    switches: Mapping[str, Any],
+    name: str,
+    *,
+    epochs: int,
+    weight_decay: float,
+    previous: str | None,
+) -> Stage:
+    snn, sub_bit = config["snn"], name == SECOND
+    teacher = f"stage:{TEACHER}@last" if snn["teacher"] == "stage" else snn["teacher"]
+    refine = sub_bit and switches["refine"]
+    return Stage(
+        name=name,
+        network=spec(config["network"]),
+        quant=QuantSpec(weight=spec("codebook", tau=snn["tau"]) if sub_bit else IDENTITY, act=spec("approx_sign")),
+        data=data_spec(config),
+        objectives=(spec("distillation", weight=1.0, temperature=1.0, measure="cross_entropy"),),
+        optim=optim_spec(config, switches, sub_bit=sub_bit, epochs=epochs, weight_decay=weight_decay),
+        knobs=((REFINE_KNOB, spec("every", interval=snn["refine_interval"])),) if refine else (),
+        projections=(spec("refill_codebooks", maintenance=switches["maintenance"]),) if refine else (),
+        # The second step continues the first, running statistics included; only its codebooks are new.
+        init_from=None if previous is None else f"stage:{previous}@last",
+        transfer=("params", "batch_stats", "quant_state"),
+        may_be_new=() if previous is None else (CODEBOOKS, "/weight_quantizer/memory$"),
+        teacher=teacher,
+        teacher_network=None if snn["teacher"] == "stage" else spec(snn["teacher_network"]),
+        seed=config["seed"] + (2000 if sub_bit else 1000),
+        init_seed=config["seed"],
+        bits=snn["tau"] / 9 if sub_bit else 32.0,
+        compute_dtype=config["train"]["compute_dtype"],
+    )
+
+
+def optim_spec(
+    config: Mapping[str, Any], switches: Mapping[str, Any], *, sub_bit: bool, epochs: int, weight_decay: float
+) -> OptimSpec:
+    """Adam whose rate falls linearly to 0, epoch by epoch; the codebooks with a clock of their own."""
+    groups = (ParameterGroup(DECAYED, weight_decay=weight_decay), ParameterGroup(".*"))
+    if sub_bit:
+        groups = (_codebook_group(switches, weight_decay), *groups)
+    return OptimSpec(
+        optimizer=spec("adam"),
+        learning_rate=spec("linear_by_epoch", initial=config["snn"]["learning_rate"]),
+        epochs=epochs,
+        batch_size=config["train"]["batch_size"],
+        groups=groups,
+        drop_last_batch=config["train"]["drop_last_batch"],
+    )
+
+
+def _codebook_group(switches: Mapping[str, Any], weight_decay: float) -> ParameterGroup:
+    if not switches["refine"]:
+        # PyTorch's Adam skips parameters that never get a gradient: no decay either.
+        return ParameterGroup(CODEBOOKS, learning_rate_scale=0.0)
+    return ParameterGroup(
+        CODEBOOKS,
+        weight_decay=weight_decay,
+        gradient_knob=REFINE_KNOB,
+        without_gradient=WITHOUT_GRADIENT[switches["pattern_optimizer"]],
+    )

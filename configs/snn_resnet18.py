@@ -1,0 +1,29 @@
+"""SNN, ReActNet-style ResNet-18 on ImageNet: binary activations, then tau/9 bits per weight, taught by a ResNet-34.
+
+Published (code yikaiw/SNN, best epoch on the validation images; stored Mbit and G bit operations of the binary layers):
+  tau 9  65.7   10.99  1.677
+  tau 6  63.4   7.324  0.883
+  tau 5  62.1   6.103  0.501
+  tau 4  60.7   4.882  0.297
+The released command uses four GPUs and so never refines its codebooks: `--config.snn.preset=release_4gpu`.
+Run: python launch.py --config=configs/snn_resnet18.py --config.snn.tau=5 --config.snn.teacher=file:resnet34.pth
+(the ImageNet input comes later; `--mode=summary` and `:smoke`, on generated images with a teacher of its own, run)
+Length: 256 + 256 epochs of 2,503 steps.
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    """The config; ``argument`` may be 'smoke'."""
+    config = common.base()
+    config.name = "snn_resnet18"
+    config.method = "snn"
+    config.network = "reactnet18"
+    config.data.name = "imagenet2012"
+    config.data.lighting = "release"
+    config.train.batch_size = 512
+    config.snn = common.snn()
+    config.snn.teacher = "file:resnet34-b627a593.pth"  # the name PyTorch's standard weights have
+    config.snn.teacher_network = "standard_resnet34"
+    return common.snn_variant(config, argument, image_size=224, num_classes=1000)

@@ -1,0 +1,75 @@
+"""From a stage to the parts of its training step: projections, and a teacher that is a file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnn_jax.assembly import Assembly, Run, assemble, teacher_variables
+from bnn_jax.config import validate
+from bnn_jax.errors import CheckpointError, UserError
+from bnn_jax.networks import build
+from bnn_jax.quantizers import QuantContext
+from bnn_jax.stages import QuantSpec, spec
+from bnn_jax.training import create
+from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.training.devices import all_devices
+from bnn_jax.training.projections import RefillCodebooks
+from configs import snn_resnet20
+from tests.configs.configs_test import stand_in
+
+TEACHER = spec("standard_resnet20", stage_sizes=(1, 1, 1), widths=(4, 4, 4))
+IMAGES = np.random.RandomState(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+
+
+def assembled(folder: Path, **changes: Any) -> tuple[Run, Assembly]:
+    """A run of SNN and the parts of its last stage, with some of that stage's fields changed."""
+    run = Run(validate(snn_resnet20.get_config("smoke").to_dict()), folder / "run")
+    stage = dataclasses.replace(run.stages[-1], **changes)
+    return run, assemble(run, stage, stand_in(stage))
+
+
+def save(folder: Path, network: Any) -> dict[str, Any]:
+    """Saves fresh variables of a network as a checkpoint, and returns them."""
+    variables = create.init_variables(network, jax.random.key(1), jnp.asarray(IMAGES))
+    state = create.create_state(
+        variables, optimizer=optax.identity(), objectives=(), num_classes=10, seed=0, devices=all_devices()
+    )
+    with CheckpointStore(folder) as store:
+        store.save(state, meta={}, metrics=None)
+    return variables
+
+
+def test_the_projections_of_a_stage_are_built(tmp_path) -> None:
+    _, assembly = assembled(tmp_path, projections=(spec("refill_codebooks", maintenance="release"),))
+    assert assembly.parts.projections == (RefillCodebooks("release"),)
+    assert assembled(tmp_path, projections=())[1].parts.projections == ()
+
+
+def test_a_teacher_file_may_be_of_another_network_in_full_precision(tmp_path) -> None:
+    network = build(TEACHER, QuantSpec(), num_classes=10)
+    variables = save(tmp_path / "teacher", network)
+    run, assembly = assembled(tmp_path, teacher=f"file:{tmp_path / 'teacher'}", teacher_network=TEACHER)
+    own = teacher_variables(run, assembly)
+    jax.tree.map(np.testing.assert_array_equal, own["params"], variables["params"])
+    logits = assembly.parts.teacher.apply(own, IMAGES, QuantContext()).logits
+    np.testing.assert_array_equal(logits, network.apply(variables, IMAGES, QuantContext()).logits)
+
+
+def test_without_a_network_of_its_own_a_teacher_file_is_of_the_stages_network(tmp_path) -> None:
+    save(tmp_path / "teacher", build(TEACHER, QuantSpec(), num_classes=10))
+    run, assembly = assembled(tmp_path, teacher=f"file:{tmp_path / 'teacher'}", teacher_network=None)
+    shapes = create.variable_shapes(assembly.parts.teacher, IMAGES.shape[1:])
+    assert jax.tree.structure(shapes) == jax.tree.structure(assembly.shapes)
+    with pytest.raises(CheckpointError, match="another network"):
+        teacher_variables(run, assembly)
+
+
+def test_an_objective_that_needs_a_teacher_needs_one(tmp_path) -> None:
+    with pytest.raises(UserError, match="stage sub_bit: an objective needs a teacher, and the stage names none"):
+        assembled(tmp_path, teacher=None)
