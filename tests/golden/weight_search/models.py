@@ -18,8 +18,8 @@ from tests.golden.asbq.support import nchw, nhwc
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.weight_search.support import our_path, relative, to_ours, to_pytorch, training_context, values_of
 
-# The network's own evaluation statistics do not match these random parameters: rounding is amplified.
-ILL_CONDITIONED = {"net_resnet20_int-2b_firstlast": 5e-3}
+# Of these networks the generated statistics match the random parameters least: evaluation amplifies rounding.
+ILL_CONDITIONED = "int-2b_firstlast"
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -111,7 +111,7 @@ def check_net(file: GoldenFile, result: Comparison) -> None:
 
 
 def _eval_tolerance(file: GoldenFile) -> float:
-    return ILL_CONDITIONED.get(file.path.stem, 1e-4)
+    return 5e-3 if file.path.stem.endswith(ILL_CONDITIONED) else 1e-4
 
 
 def _shapes(case: Case, images: jax.Array) -> dict[str, Any]:
