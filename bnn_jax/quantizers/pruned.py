@@ -46,14 +46,14 @@ class Pruned(WeightQuantizer):
             raise ValueError(f"pruned quantizer: apply_mask={self.apply_mask!r}: accepted are 'before', 'after'")
         if not 0 <= self.amount < 1:
             raise ValueError(f"pruned quantizer: amount={self.amount!r}: accepted is 0 <= amount < 1")
+        inner, kernel_shape = self.inner(parent=None), (3, 3, 1, 1)
+        if inner.latent_shape(kernel_shape) != kernel_shape:
+            kind = type(inner).__name__
+            raise ValueError(f"pruned quantizer: inner={kind}: its latent weights are no kernel, so there are no norms")
         super().__post_init__()
 
     def setup(self):
         self.quantizer = self.inner()
-        kernel_shape = (3, 3, 1, 1)
-        if self.quantizer.latent_shape(kernel_shape) != kernel_shape:
-            kind = type(self.quantizer).__name__
-            raise ValueError(f"pruned quantizer: inner={kind}: its latent weights are no kernel, so there are no norms")
 
     @property
     def stored_bits(self) -> float:
@@ -72,9 +72,6 @@ class Pruned(WeightQuantizer):
 
     def multiply_accumulates(self, kernel_shape: Shape) -> float:
         return self.inner(parent=None).multiply_accumulates(kernel_shape)
-
-    def latent_shape(self, kernel_shape: Shape) -> Shape:
-        return self.quantizer.latent_shape(kernel_shape)
 
     def latent_init(self, kernel_init: Initializer) -> Initializer:
         return self.quantizer.latent_init(kernel_init)
