@@ -90,7 +90,7 @@ def kernel(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
 
 def latent_of(choice: Spec, shape: tuple[int, ...] = (3, 3, 8, 20), seed: int = 0) -> jax.Array:
     """Latent weights behind a kernel of that shape."""
-    return kernel(build_weight(choice)().bind({}).latent_shape(shape), seed)
+    return kernel(build_weight(choice)(parent=None).latent_shape(shape), seed)
 
 
 def make_weight(choice: Spec, latent: jax.Array) -> tuple[Callable[..., Any], dict[str, Any]]:

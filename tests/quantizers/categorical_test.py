@@ -243,4 +243,4 @@ def test_the_real_stream_is_refused_with_the_reason():
 
 def test_pruning_by_norms_is_refused():
     with pytest.raises(ValueError, match="inner=CategoricalWeight: its latent weights are no kernel"):
-        build_weight(spec("pruned", inner=spec("categorical")))().init(jax.random.key(0), logits(4), QuantContext())
+        build_weight(spec("pruned", inner=spec("categorical")))()
