@@ -115,7 +115,7 @@ class OptimSpec:
     """How the parameters are optimised.
 
     Attributes:
-      optimizer: 'sgd' (options momentum, nesterov) or 'adam' (options b1, b2, eps).
+      optimizer: 'sgd' (options momentum, nesterov, dampening) or 'adam' (options b1, b2, eps).
       learning_rate: schedule of the learning rate; its boundaries are in epochs.
       epochs: number of passes over the training images.
       batch_size: global batch size in images.
@@ -159,6 +159,9 @@ class Stage:
       projections: changes made to parameters and state in every training step, between gradient and optimiser.
       teacher_network: network of a teacher that is a file ('file:PATH'), in full precision; None: this stage's own
         network with its quantizers.
+      realised_base: whether the weights in use at the end of ``init_from`` become the fixed weights
+        ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
+      log_train_top5: whether top-5 accuracy is recorded in training too.
     """
 
     name: str
@@ -180,6 +183,8 @@ class Stage:
     log_gradient_norms: bool = False
     projections: tuple[Spec, ...] = dataclasses.field(default=(), metadata=_LATER)
     teacher_network: Spec | None = dataclasses.field(default=None, metadata=_LATER)
+    realised_base: bool = dataclasses.field(default=False, metadata=_LATER)
+    log_train_top5: bool = dataclasses.field(default=False, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,13 @@ def test_validation_is_idempotent():
 
 def test_every_method_has_a_section_and_its_defaults_fill_it():
     assert set(SECTIONS) == set(METHODS)
-    for name, section in (("asbq", common.asbq()), ("skd", common.skd()), ("snn", common.snn())):
+    sections = {
+        "asbq": common.asbq(),
+        "skd": common.skd(),
+        "snn": common.snn(),
+        "weight_search": common.weight_search(),
+    }
+    for name, section in sections.items():
         assert set(flatten({name: section.to_dict()})) == set(SECTIONS[name])
     assert set(flatten(common.base().to_dict())) == set(COMMON)
 

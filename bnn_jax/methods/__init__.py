@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnn_jax.methods import asbq, skd, snn
+from bnn_jax.methods import asbq, skd, snn, weight_search
 from bnn_jax.methods.common import add_extra_objectives
 from bnn_jax.stages import Stage
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {
     "asbq": asbq.stages,
     "skd": skd.stages,
+    "weight_search": weight_search.stages,
     "snn": snn.stages,
 }
 

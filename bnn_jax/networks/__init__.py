@@ -134,7 +134,7 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
             kernel_init=outer_init if quant.first == IDENTITY else inner_init,
         ),
         shortcut_conv=functools.partial(conv, weight_quantizer=build_weight(quant.shortcut), kernel_init=outer_init),
-        dense=functools.partial(QuantDense, weight_quantizer=build_weight(quant.last)),
+        dense=functools.partial(QuantDense, weight_quantizer=build_weight(quant.last), **_last_bias(quant.last)),
         inner_dense=functools.partial(QuantDense, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
         act=act,
     )
@@ -143,6 +143,11 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
         if option not in known:
             raise ValueError(f"network {spec.name!r} has no option {option!r}")
     return NETWORKS[spec.name](layers=layers, num_classes=num_classes, **options)
+
+
+def _last_bias(quantizer: Spec) -> dict[str, Any]:
+    """Weight search starts the bias of a searched classifier at 0; other classifiers have the network's own start."""
+    return {"bias_init": nn.initializers.zeros} if quantizer.name == "categorical" else {}
 
 
 def _kernel_init(options: dict[str, Any], key: str, *, default: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bnn_jax.quantizers.approx_sign import ApproxSignAct
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
+from bnn_jax.quantizers.categorical import CategoricalWeight
 from bnn_jax.quantizers.codebook import CodebookWeight
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
@@ -18,6 +19,7 @@ WEIGHT: dict[str, type[WeightQuantizer]] = {
     "irnet": IrNetWeight,
     "sign": SignWeight,
     "pruned": Pruned,
+    "categorical": CategoricalWeight,
     "codebook": CodebookWeight,
 }
 
