@@ -23,6 +23,7 @@ from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.import_weights import import_pytorch
 from bnn_jax.training.loop import steps_per_epoch
 from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.realised import encoded_weights, put_base
 from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.steps import StepParts, needs_teacher, uniform_choice
@@ -211,6 +212,7 @@ class Assembly:
             seed=self.stage.seed,
             devices=devices,
             log_gradient_norms=self.stage.log_gradient_norms,
+            log_train_top5=self.stage.log_train_top5,
         )
 
 
@@ -289,8 +291,11 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     images = prepare_eval(jnp.asarray(source.train.images[indices[0]]), mean=source.mean, std=source.std)
     variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images)
     if stage.init_from is not None:
-        _, copied = run.referenced(stage.init_from, source=source, default=stage)
-        variables = create.transfer(copied, variables, collections=stage.transfer, may_be_new=stage.may_be_new)
+        network, copied = run.referenced(stage.init_from, source=source, default=stage)
+        fresh = variables
+        variables = create.transfer(copied, fresh, collections=stage.transfer, may_be_new=stage.may_be_new)
+        if stage.realised_base:
+            variables = put_base(variables, fresh, encoded_weights(network, copied, source.image_shape))
     return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
 
 

@@ -19,7 +19,7 @@ class Key:
     """What a config key accepts.
 
     Attributes:
-      kind: int, float, str, bool or tuple.
+      kind: int, float, str, bool, tuple, or object for several of them.
       accepted: the values, or a test with its description.
       item: type of the items of a tuple.
       optional: whether None is accepted (and means: as the preset or the data set says).
@@ -52,6 +52,9 @@ CHAIN_BITS = _range(
 )
 
 BRANCH_DECAYS = _range("2 or more numbers of 0 or more", lambda values: len(values) > 1 and all(v >= 0 for v in values))
+RATE = _range("0 < value <= 1", lambda value: 0 < value <= 1)
+BITS_IN_TURN = _range("0, 1, 2, ... in turn", lambda bits: bits == tuple(range(len(bits))))
+
 OBJECTIVE_NAMES = _range(
     "of feature_swap, label_bank, cluster, each once",
     lambda names: len(set(names)) == len(names) and set(names) <= {"feature_swap", "label_bank", "cluster"},
@@ -129,6 +132,29 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "asbq.kd_temperature": Key(float, POSITIVE),
         "asbq.kd_reduction": Key(str, ("mean", "batchmean"), optional=True),
         "asbq.kd_factor": Key(str, ("1", "T2", "2T2"), optional=True),
+    },
+    "weight_search": {
+        "weight_search.preset": Key(str, ("paper", "release")),
+        "weight_search.values": Key(object, _range("the name of a set or a list of numbers", lambda _: True)),
+        "weight_search.by_bit": Key(tuple, BITS_IN_TURN, item=int),
+        "weight_search.epochs": Key(tuple, ALL_POSITIVE, item=int),
+        "weight_search.learning_rate": Key(float, POSITIVE),
+        "weight_search.schedule_unit": Key(str, ("epoch", "step"), optional=True),
+        "weight_search.learning_rate_boundaries": Key(tuple, ALL_NOT_NEGATIVE, item=float),
+        "weight_search.learning_rate_factor": Key(float, POSITIVE),
+        "weight_search.temperature": Key(float, POSITIVE),
+        "weight_search.temperature_rate": Key(float, RATE),
+        "weight_search.temperature_interval": Key(int, POSITIVE),
+        "weight_search.temperature_floor": Key(float, POSITIVE),
+        "weight_search.soft": Key(bool),
+        "weight_search.noise": Key(float, NOT_NEGATIVE),
+        "weight_search.noise_rate": Key(float, RATE),
+        "weight_search.noise_interval": Key(int, POSITIVE),
+        "weight_search.quantize_first": Key(bool),
+        "weight_search.quantize_last": Key(bool),
+        "weight_search.logit_weight_decay": Key(float, NOT_NEGATIVE, optional=True),
+        "weight_search.activations": Key(str),
+        "weight_search.activation_bits": Key(int, _range("1 to 8", lambda value: 1 <= value <= 8)),
     },
     "snn": {
         "snn.preset": Key(str, ("paper", "release_1gpu", "release_4gpu")),
@@ -217,6 +243,7 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     from bnn_jax.data import SOURCES
     from bnn_jax.networks import NETWORKS
+    from bnn_jax.quantizers import ACT
 
     flat = flatten(config)
     method = flat.get("method")
@@ -230,11 +257,37 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in flat:
             raise UserError(f"config.{key} is missing; see configs/common.py")
     values = {key: _check(key, flat[key], schema[key]) for key in schema}
-    networks = dict.fromkeys(("network", "snn.teacher_network", "basq.teacher_network"), NETWORKS)
-    for key, table in {**networks, "data.name": SOURCES}.items():
+    tables = {
+        "network": NETWORKS,
+        "snn.teacher_network": NETWORKS,
+        "basq.teacher_network": NETWORKS,
+        "weight_search.activations": ACT,
+        "data.name": SOURCES,
+    }
+    for key, table in tables.items():
         if key in values and values[key] not in table:
             raise UserError(f"config.{key}={values[key]!r}: accepted are {', '.join(table)}")
+    if "weight_search.values" in values:
+        values["weight_search.values"] = _searched_values(values["weight_search.values"])
     return _unflatten(values)
+
+
+def _searched_values(values: Any) -> str | tuple[float, ...]:
+    """The name of a set of values, 'fp32', or a list of numbers, as a tuple.
+
+    Raises:
+      UserError: it is none of these.
+    """
+    from bnn_jax.methods.weight_search import FULL_PRECISION
+    from bnn_jax.quantizers.categorical import candidates_of
+
+    if values == FULL_PRECISION:
+        return values
+    try:
+        found = candidates_of(values)
+    except ValueError as error:
+        raise UserError(f"config.weight_search.{error}, or {FULL_PRECISION}") from None
+    return values if isinstance(values, str) else found
 
 
 def suggest(key: str, schema: Mapping[str, Any]) -> str:
@@ -287,7 +340,7 @@ def _describe(rule: Key) -> str:
     if rule.accepted is None:
         return kind
     if len(rule.accepted) == 2 and callable(rule.accepted[1]):
-        return f"{kind}, {rule.accepted[0]}"
+        return rule.accepted[0] if rule.kind is object else f"{kind}, {rule.accepted[0]}"
     return f"one of {', '.join(map(repr, rule.accepted))}"
 
 

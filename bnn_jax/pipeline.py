@@ -36,6 +36,7 @@ from bnn_jax.training.evaluate import features_of
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.progress import say
+from bnn_jax.training.realised import encoded_weights, save_weights
 from bnn_jax.training.state import TrainState
 
 
@@ -139,6 +140,7 @@ def _train_stage(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     with CheckpointStore(folder / run_folder.CHECKPOINTS) as store:
         state = _fit(run, assembly, store, stop)
         result = _result(run, assembly, state)
+    _save_for_people(assembly, state, folder)
     return _save_result(run, stage, result, stop, started)
 
 
@@ -182,6 +184,15 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
         choice=run.evaluated_choice(stage, assembly.network) if _is_winner(stage) else None,
     )
     return loop.fit(state, stop, meta=meta)
+
+
+def _save_for_people(assembly: Assembly, state: TrainState, folder: Path) -> None:
+    """The record as a table, and the weights in use after the last epoch, for other programs to read."""
+    metrics.write_csv(metrics.read(folder / run_folder.METRICS), folder / run_folder.METRICS_TABLE)
+    variables = jax.device_get(state.variables)
+    encoded = encoded_weights(assembly.network, variables, assembly.source.image_shape)
+    if encoded:
+        save_weights(folder / run_folder.WEIGHTS, encoded)
 
 
 def _result(run: Run, assembly: Assembly, state: TrainState) -> dict[str, Any]:
@@ -320,10 +331,10 @@ def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity
 def report(run: Run) -> dict[str, Any]:
     """Results of the finished stages, and pictures, saved in the run folder.
 
-    ``chain.png`` shows the accuracies of all stages. Further ones are those the objectives and quantizers offer, each
-    of the last finished stage that offers it: ``label_bank.png``, ``features.png``, ``pattern_use.png``,
-    ``pattern_motion.png``. What one of these cannot be drawn from (the data set is not at hand) is said on stderr, and
-    the report goes on without it.
+    ``chain.png`` shows the test accuracies of all stages, ``accuracies.png`` those of training and top-5 beside them.
+    Further ones are those the objectives and quantizers offer, each of the last finished stage that offers it:
+    ``label_bank.png``, ``features.png``, ``pattern_use.png``, ``pattern_motion.png``. What one of these cannot be drawn
+    from (the data set is not at hand) is said on stderr, and the report goes on without it.
 
     Returns:
       ``stages``, the results; ``picture``, the path of the chain's; ``pictures``, the paths of all.
@@ -343,8 +354,10 @@ def report(run: Run) -> dict[str, Any]:
         raise UserError(f"{run.folder}: no finished stage to report; train first")
     chain = run.folder / "chain.png"
     plots.plot_chain([result for result in results if result["stage"] in records], records, chain)
+    accuracies = run.folder / "accuracies.png"
+    plots.plot_accuracies(records, accuracies)
     others = _draw_offered(run, [stage for stage in run.stages if stage.name in records])
-    return {"stages": results, "picture": str(chain), "pictures": [str(path) for path in (chain, *others)]}
+    return {"stages": results, "picture": str(chain), "pictures": [str(path) for path in (chain, accuracies, *others)]}
 
 
 def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:

@@ -1,7 +1,8 @@
 """The run folder: which stages it holds, whether it belongs to this config, and who is writing to it.
 
-``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``. Nothing here deletes
-anything: what is in the way is moved aside to ``<name>.old-<N>``.
+``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``; a finished stage has
+``metrics.csv`` and, where its weights are quantized, ``weights.npz`` too. Nothing here deletes anything: what is in the
+way is moved aside to ``<name>.old-<N>``.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from bnn_jax.stages import Stage, differing_keys, to_json
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 MOST_KEYS_SHOWN = 5
 CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.jsonl", "result.json"
+METRICS_TABLE, WEIGHTS = "metrics.csv", "weights.npz"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -118,7 +118,7 @@ class OptimSpec:
     """How the parameters are optimised.
 
     Attributes:
-      optimizer: 'sgd' (options momentum, nesterov) or 'adam' (options b1, b2, eps).
+      optimizer: 'sgd' (options momentum, nesterov, dampening) or 'adam' (options b1, b2, eps).
       learning_rate: schedule of the learning rate; its boundaries are in epochs.
       epochs: number of passes over the training images.
       batch_size: global batch size in images.
@@ -171,6 +171,9 @@ class Stage:
       choice: branches of a supernet: 'uniform' draws them anew in every step, 'search:NAME#I' takes the winner of fold
         I of a search; None for networks without branches.
       search: what a stage of kind 'search' does, with the folds of its images.
+      realised_base: whether the weights in use at the end of ``init_from`` become the fixed weights
+        ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
+      log_train_top5: whether top-5 accuracy is recorded in training too.
     """
 
     name: str
@@ -195,6 +198,8 @@ class Stage:
     kind: Literal["train", "search"] = dataclasses.field(default="train", metadata=_LATER)
     choice: str | None = dataclasses.field(default=None, metadata=_LATER)
     search: Spec | None = dataclasses.field(default=None, metadata=_LATER)
+    realised_base: bool = dataclasses.field(default=False, metadata=_LATER)
+    log_train_top5: bool = dataclasses.field(default=False, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,6 +88,34 @@ def skd() -> ml_collections.ConfigDict:
     return section
 
 
+def weight_search() -> ml_collections.ConfigDict:
+    """The section of Weight Search: one stage in a list of values, or one for each bit."""
+    section = ml_collections.ConfigDict()
+    section.preset = "paper"  # 'paper' | 'release', see bnn_jax/methods/weight_search.py
+    section.values = config_dict.placeholder(object)
+    section.values = "po2-2b"  # '1b' | 'po2-2b' | '-3b' | '-4b' | 'int-2b' | '-3b' | '-4b' | (-1.0, 0.0, ...) | 'fp32'
+    section.by_bit = ()  # (0, 1, ...): signs first, then a halving for each further bit; values are not used then
+    section.epochs = (200,)  # per stage, or one for all
+    section.learning_rate = 0.1  # at the start
+    section.schedule_unit = config_dict.placeholder(str)  # how often the cosine moves: 'epoch' | 'step'
+    section.learning_rate_boundaries = ()  # epochs at which the rate is multiplied instead of following a cosine
+    section.learning_rate_factor = 0.1  # what it is multiplied with
+    section.temperature = 1.0  # of the choices, at the start
+    section.temperature_rate = 0.97  # factor on it
+    section.temperature_interval = 1  # epochs between two such factors
+    section.temperature_floor = 1e-5  # smallest temperature
+    section.soft = False  # trains with the expected weight instead of the chosen one
+    section.noise = 0.0  # factor on Gumbel noise in training; 0: nothing is drawn
+    section.noise_rate = 1.0  # factor on it
+    section.noise_interval = 1  # epochs between two such factors
+    section.quantize_first = False  # whether the first convolution is searched too
+    section.quantize_last = False  # whether the classifier is searched too
+    section.logit_weight_decay = config_dict.placeholder(float)  # of the logits alone; None: config.train.weight_decay
+    section.activations = "identity"  # key in bnn_jax.quantizers.ACT
+    section.activation_bits = 1  # for 'dorefa'
+    return section
+
+
 def snn() -> ml_collections.ConfigDict:
     """The section of SNN: a teacher, binary activations, then sub-bit weights; empty switches are the preset's."""
     section = ml_collections.ConfigDict()

@@ -44,7 +44,13 @@ def test_validation_is_idempotent():
 
 def test_every_method_has_a_section_and_its_defaults_fill_it():
     assert set(SECTIONS) == set(METHODS)
-    for name, section in (("asbq", common.asbq()), ("skd", common.skd()), ("snn", common.snn())):
+    sections = {
+        "asbq": common.asbq(),
+        "skd": common.skd(),
+        "snn": common.snn(),
+        "weight_search": common.weight_search(),
+    }
+    for name, section in sections.items():
         assert set(flatten({name: section.to_dict()})) == set(SECTIONS[name])
     assert set(flatten(common.base().to_dict())) == set(COMMON)
 
@@ -110,9 +116,9 @@ def test_numbers_and_sequences_get_the_type_of_the_schema():
         ("data.augment", "flip", "accepted is one of 'pad_crop_flip', 'pad_crop', 'edge_crop_flip', 'none'"),
         ("data.lighting", "on", "accepted is one of 'none', 'release', 'paper'"),
         ("train.compute_dtype", "float16", "accepted is one of 'float32', 'bfloat16'"),
-        ("method", "snn2", "accepted are asbq, basq, skd, snn"),
-        ("method", None, "accepted are asbq, basq, skd, snn"),
-        ("method", ["asbq"], "accepted are asbq, basq, skd, snn"),
+        ("method", "snn2", "accepted are asbq, basq, skd, snn, weight_search"),
+        ("method", None, "accepted are asbq, basq, skd, snn, weight_search"),
+        ("method", ["asbq"], "accepted are asbq, basq, skd, snn, weight_search"),
         ("asbq.preset", "published", "accepted is one of 'paper', 'release', 'checkpoint'"),
         ("asbq.block", "bottleneck", "accepted is one of 'release', 'checkpoint', 'imagenet'"),
         ("asbq.w1", "binary", "accepted is one of 'sign', 'levels'"),

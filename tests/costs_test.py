@@ -156,6 +156,14 @@ EXPECTED_OF_CONFIGS: dict[str, tuple[str, Costs]] = {
     "snn_skd_resnet20": ("sub_bit", EXPECTED["reactnet20"]),
     # Five codebooks of 32 patterns.
     "snn_vgg_small": ("sub_bit", Costs(4_661_546, 2_539_520, 1_440, 3_014_976, 607_600_640, 113_770_496)),
+    # Four logits for each of 11,157,504, 267,264 and 4,571,136 weights, two bits each; activations are floats.
+    "weight_search_resnet18": (
+        "search",
+        Costs(45_162_024, 22_315_008, 0, 17_331_456, 1_814_073_344, 108_515_033_088),
+    ),
+    "weight_search_resnet20": ("search", Costs(1_071_514, 534_528, 0, 122_688, 40_551_040, 2_566_914_048)),
+    "weight_search_vgg_small": ("search", Costs(18_373_514, 9_142_272, 0, 2_961_728, 607_600_640, 38_654_705_664)),
+    "weight_search_w1a1_resnet20": ("search", Costs(537_114, 267_264, 0, 130_880, 40_551_040, 40_108_032)),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnn_jax.methods import asbq, basq, skd, snn
+from bnn_jax.methods import asbq, basq, skd, snn, weight_search
 from bnn_jax.methods.common import add_extra_objectives
 from bnn_jax.stages import Stage
 
@@ -11,6 +11,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {
     "asbq": asbq.stages,
     "basq": basq.stages,
     "skd": skd.stages,
+    "weight_search": weight_search.stages,
     "snn": snn.stages,
 }
 

@@ -164,7 +164,7 @@ def build_layers(
             kernel_init=outer_init if quant.first == IDENTITY else inner_init,
         ),
         shortcut_conv=functools.partial(conv, weight_quantizer=build_weight(quant.shortcut), kernel_init=outer_init),
-        dense=functools.partial(QuantDense, weight_quantizer=build_weight(quant.last)),
+        dense=functools.partial(QuantDense, weight_quantizer=build_weight(quant.last), **_last_bias(quant.last)),
         inner_dense=functools.partial(QuantDense, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
         act=act,
         searched_act=functools.partial(_searched_act, quant.searched),
@@ -175,6 +175,11 @@ def _searched_act(searched: Spec, index: int, branches: int) -> Callable[..., Ac
     if searched == IDENTITY:
         return build_act(IDENTITY)
     return functools.partial(build_act(searched), index=index, branches=branches)
+
+
+def _last_bias(quantizer: Spec) -> dict[str, Any]:
+    """Weight search starts the bias of a searched classifier at 0; other classifiers have the network's own start."""
+    return {"bias_init": nn.initializers.zeros} if quantizer.name == "categorical" else {}
 
 
 def _kernel_init(options: dict[str, Any], key: str, *, default: str) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from bnn_jax.quantizers.approx_sign import ApproxSignAct
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
 from bnn_jax.quantizers.branch_clip import BranchClipAct
+from bnn_jax.quantizers.categorical import CategoricalWeight
 from bnn_jax.quantizers.codebook import CodebookWeight
 from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
@@ -21,6 +22,7 @@ WEIGHT: dict[str, type[WeightQuantizer]] = {
     "sign": SignWeight,
     "lsq": LsqWeight,
     "pruned": Pruned,
+    "categorical": CategoricalWeight,
     "codebook": CodebookWeight,
 }
 

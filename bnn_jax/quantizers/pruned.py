@@ -46,6 +46,10 @@ class Pruned(WeightQuantizer):
             raise ValueError(f"pruned quantizer: apply_mask={self.apply_mask!r}: accepted are 'before', 'after'")
         if not 0 <= self.amount < 1:
             raise ValueError(f"pruned quantizer: amount={self.amount!r}: accepted is 0 <= amount < 1")
+        inner, kernel_shape = self.inner(parent=None), (3, 3, 1, 1)
+        if inner.latent_shape(kernel_shape) != kernel_shape:
+            kind = type(inner).__name__
+            raise ValueError(f"pruned quantizer: inner={kind}: its latent weights are no kernel, so there are no norms")
         super().__post_init__()
 
     def setup(self):
@@ -71,7 +75,7 @@ class Pruned(WeightQuantizer):
 
     @property
     def pictures(self) -> frozenset[str]:
-        return self.inner().pictures
+        return self.inner(parent=None).pictures
 
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         return self.quantizer.latent_shape(kernel_shape)

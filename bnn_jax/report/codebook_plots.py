@@ -41,7 +41,7 @@ class CodebookUse:
     @property
     def flipped(self) -> np.ndarray:
         """(n, 9) bool, where a pattern's sign is not the one it started with."""
-        return self.patterns != self.initial
+        return np.asarray(self.patterns != self.initial)
 
 
 def plot_pattern_use(layers: Mapping[str, CodebookUse], path: str | os.PathLike, *, title: str) -> None:
@@ -83,7 +83,7 @@ def plot_pattern_motion(layers: Mapping[str, CodebookUse], path: str | os.PathLi
     figure, rows = _rows(layers, "plot_pattern_motion")
     for (name, layer), (histogram, tiles) in zip(layers.items(), rows):
         _draw_values(histogram, name, layer, with_legend=histogram is rows[0][0])
-        changed = layer.flipped.any(axis=1)
+        changed = np.asarray(layer.flipped.any(axis=1))
         order = np.argsort(-layer.flipped.sum(axis=1), kind="stable")[: np.count_nonzero(changed)]
         shown = draw_tiles(tiles, layer.patterns[order], layer.flipped[order])
         which = "all" if shown == len(order) else f"the {shown} most changed"

@@ -16,6 +16,15 @@ INK = "#222222"
 BAR_COLOUR = "#0072b2"  # of the colour-blind safe palette by Okabe and Ito
 CURVE_WIDTH = 1.6
 MOST_COLUMNS = 6
+MOST_PANELS = 3
+# Accuracies of a record: name in the legend, line.
+ACCURACIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "test_top1": ("test top-1", {"color": "#0072b2"}),
+    "train_top1": ("train top-1", {"color": "#d55e00", "linestyle": (0, (4, 1.5))}),
+    "test_top5": ("test top-5", {"color": "#56b4e9"}),
+    "train_top5": ("train top-5", {"color": "#e69f00", "linestyle": (0, (4, 1.5))}),
+    "validation_top1": ("validation top-1", {"color": "#009e73"}),
+}
 # A stage narrower than this share of the epoch axis gets a slanted label.
 NARROW = 0.11
 # Larger tables get no numbers and no name at every row.
@@ -52,6 +61,30 @@ def plot_chain(
     colours = _colours(len(results))
     _draw_curves(curves, results, metrics_by_stage, colours)
     _draw_rungs(rungs, results, colours)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def plot_accuracies(metrics_by_stage: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike) -> None:
+    """Draws every accuracy a stage recorded per epoch, in training and held out, a panel for each stage.
+
+    The legend names each one's highest value and its epoch (from 1).
+
+    Args:
+      metrics_by_stage: records of ``metrics.jsonl`` by stage name; at least one stage.
+      path: PNG file to write.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    columns = min(MOST_PANELS, len(metrics_by_stage))
+    rows = math.ceil(len(metrics_by_stage) / columns)
+    figure = new_figure(width=max(4.6 * columns, 6.4), height=4.0 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for index, (stage, records) in enumerate(metrics_by_stage.items()):
+        _draw_accuracies(axes[index], records, y_label="" if index % columns else "accuracy (%)")
+        axes[index].set_title(stage, fontsize=10, color=INK)
+    for axis in axes[len(metrics_by_stage) :]:
+        axis.set_visible(False)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
@@ -251,7 +284,7 @@ def _draw_rungs(axis: Any, results: Sequence[Mapping[str, Any]], colours: Sequen
         axis.annotate(f"{value:.1f}", (x, value), **place, fontsize=9, color=INK, bbox=ground, zorder=2)
     bits = [result.get("bits") for result in results]
     by_bits = None not in bits and len(set(bits)) == len(bits)
-    axis.set_xticks(positions, [f"{b:g}" for b in bits] if by_bits else [str(r["stage"]) for r in results])
+    axis.set_xticks(positions, [f"{b:.3g}" for b in bits] if by_bits else [str(r["stage"]) for r in results])
     axis.set_xlim(-0.5, len(results) - 0.5)
     # Room for the values below the lowest point and for the legend above the highest.
     axis.margins(y=0.28)
@@ -261,6 +294,23 @@ def _draw_rungs(axis: Any, results: Sequence[Mapping[str, Any]], colours: Sequen
         handle.set_edgecolor(GRAY)
         if handle.get_facecolor().size:
             handle.set_facecolor(GRAY)
+
+
+def _draw_accuracies(axis: Any, records: Sequence[Mapping[str, Any]], *, y_label: str) -> None:
+    """Solid lines of held-out images, dashed ones of training images; top-5 lighter than top-1."""
+    epochs = 1 + np.arange(len(records))
+    for name, (label, style) in ACCURACIES.items():
+        heights = np.array([np.nan if r.get(name) is None else r[name] for r in records], float)
+        if not np.isfinite(heights).any():
+            continue
+        best = int(np.nanargmax(heights))
+        text = f"{label}, {heights[best]:.2f} at {epochs[best]}"
+        marker = {"marker": "o", "markersize": 3.5} if len(records) <= 15 else {}
+        axis.plot(epochs, heights, linewidth=CURVE_WIDTH, label=text, **style, **marker)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    style_axis(axis, x_label="epoch", y_label=y_label)
+    if axis.get_lines():
+        axis.legend(frameon=False, fontsize=8, loc="lower right", title="highest value at epoch", title_fontsize=8)
 
 
 def _draw_levels(axis: Any, name: str, layer: LevelCounts) -> None:

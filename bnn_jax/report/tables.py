@@ -123,15 +123,24 @@ def _winners_caption(correlation: float | None) -> str:
 
 
 def describe_quantizer(spec: Spec) -> str:
-    """A quantizer in a few words: 'dorefa 4', 'dorefa 4 + pruned', 'codebook 5' (tau), '-' for the identity."""
+    """A quantizer in a few words: 'dorefa 4', 'codebook 5' (tau), 'categorical po2-2b', '-' for the identity."""
     options = spec.kwargs
     inner = options.get("inner")
     if isinstance(inner, Spec):
         return spec.name if inner == IDENTITY else f"{describe_quantizer(inner)} + {spec.name}"
     if spec == IDENTITY:
         return MISSING
+    if "values" in options:
+        return f"{spec.name} {_describe_values(options['values'])}"
     number = options.get("bits", options.get("tau"))
     return spec.name if number is None else f"{spec.name} {format_number(number)}"
+
+
+def _describe_values(values: str | Sequence[float]) -> str:
+    """The name of a list of values, or the list itself if it is short."""
+    if isinstance(values, str):
+        return values
+    return ", ".join(f"{value:g}" for value in values) if len(values) <= 4 else f"of {len(values)} values"
 
 
 def describe_schedule(spec: Spec) -> str:

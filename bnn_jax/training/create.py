@@ -108,6 +108,7 @@ def create_state(
     seed: int,
     devices: Devices,
     log_gradient_norms: bool = False,
+    log_train_top5: bool = False,
 ) -> TrainState:
     """The state before the first step, replicated on all devices.
 
@@ -119,6 +120,7 @@ def create_state(
       seed: seed of the stage's random draws.
       devices: placement.
       log_gradient_norms: whether the gradient norm of every objective is summed too.
+      log_train_top5: whether training images with the label among the five largest logits are counted too.
     """
     states = objective_states(objectives, num_classes)
 
@@ -130,7 +132,7 @@ def create_state(
             quant_state=variables.get("quant_state", {}),
             opt_state=optimizer.init(variables["params"]),
             objective_state=states,
-            metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms),
+            metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms, with_top5=log_train_top5),
             rng=jax.random.key(seed),
         )
 

@@ -134,6 +134,7 @@ class StageLoop:
     ):
         self.stage, self.schedule, self.source, self.evaluator = stage, schedule, source, evaluator
         self.store, self.metrics_path, self.options, self.devices = store, metrics_path, options, devices
+        self.knobs = parts.knobs
         self.run_steps = compile_train_steps(parts, devices)
         self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices)
         self.constants = devices.replicate(
@@ -291,6 +292,7 @@ class StageLoop:
             "epoch": step // self.steps_per_epoch - 1,
             "step": step,
             "learning_rate": float(self.schedule(jnp.int32(step - 1))),
+            **{f"knob/{name}": float(knob(jnp.int32(step - 1))) for name, knob in self.knobs.items()},
             **metrics.epoch_means(state.metric_sums),
             **held_out,
             "seconds": round(clock.seconds, 3),

@@ -1,5 +1,6 @@
 """The record of a stage: one JSON line per epoch, appended as it happens and cut back on resume."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -57,9 +58,30 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def write_csv(records: list[dict[str, Any]], path: Path) -> None:
+    """Writes the records as a table for other programs: a row for each epoch, a column for each key.
+
+    Args:
+      records: of one stage.
+      path: file to write, in one step.
+    """
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(records)
+    temporary.replace(path)
+
+
 def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term."""
+    """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term.
+
+    ``train_top5`` is among them where it was summed.
+    """
     totals = {name: float(value) for name, value in jax.device_get(sums).items()}
     count = max(totals["count"], 1.0)
     terms = {name: value / count for name, value in totals.items() if "/" in name}
-    return {"train_loss": totals["loss"] / count, "train_top1": 100.0 * totals["correct"] / count, **terms}
+    shares = {"train_top1": "correct", "train_top5": "correct5"}
+    accuracies = {name: 100.0 * totals[key] / count for name, key in shares.items() if key in totals}
+    return {"train_loss": totals["loss"] / count, **accuracies, **terms}

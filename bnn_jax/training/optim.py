@@ -27,9 +27,12 @@ def _core(optimizer: Spec) -> optax.GradientTransformation:
     """The optimiser proper, without weight decay and learning rate."""
     options = optimizer.kwargs
     if optimizer.name == "sgd":
-        momentum = options.pop("momentum", 0.0)
-        # PyTorch's buffer starts as the first gradient, as optax's trace from zero does; dampening is 0 in all recipes.
-        return optax.trace(decay=momentum, **options) if momentum else optax.identity()
+        momentum, dampening = options.pop("momentum", 0.0), options.pop("dampening", 0.0)
+        trace = optax.trace(decay=momentum, **options) if momentum else optax.identity()
+        if not (momentum and dampening):
+            return trace
+        # PyTorch's buffer starts as the first gradient, undamped.
+        return optax.chain(optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - dampening)), trace)
     if optimizer.name == "adam":
         return optax.scale_by_adam(**options)
     raise ValueError(f"optimizer {optimizer.name!r}: accepted are sgd, adam")

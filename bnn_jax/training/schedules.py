@@ -140,6 +140,29 @@ def every(*, interval: int, start: int = 0, steps_per_epoch: int, epochs: int) -
     return lambda step: ((start + step + 1) % interval == 0).astype(jnp.float32)
 
 
+def decay_by_epoch(
+    *, initial: float, rate: float, interval: int = 1, floor: float = 0.0, steps_per_epoch: int, epochs: int
+) -> Schedule:
+    """Constant within an epoch: ``max(initial * rate**floor(e / interval), floor)`` in epoch e.
+
+    Args:
+      initial: value of the first epoch.
+      rate: factor, 0 to 1.
+      interval: epochs between two decays, 1 or more.
+      floor: smallest value.
+      steps_per_epoch: optimiser steps in an epoch.
+      epochs: length of the stage.
+
+    Raises:
+      ValueError: the interval is below 1.
+
+    Reference: temperature and noise of weight search; release: qinglu0330/DNN-weight-search: backend/fitting.py.
+    """
+    if interval < 1:
+        raise ValueError(f"decay_by_epoch schedule: interval={interval!r}: accepted is 1 or more")
+    return _by_epoch([max(initial * rate ** (e // interval), floor) for e in range(epochs)], steps_per_epoch)
+
+
 def error_decay_t(*, steps_per_epoch: int, epochs: int) -> Schedule:
     """Inverse width of the error decay estimator, ``t = 10**(-3 + 4 e / E)`` in epoch e of E.
 
@@ -166,6 +189,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine_by_step": cosine_by_step,
     "linear_by_epoch": linear_by_epoch,
     "every": every,
+    "decay_by_epoch": decay_by_epoch,
     "error_decay_t": error_decay_t,
     "error_decay_k": error_decay_k,
 }

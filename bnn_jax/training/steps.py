@@ -89,10 +89,14 @@ def needs_real_features(objectives: Sequence[Objective]) -> bool:
     return any("real_features" in objective.needs for objective in objectives)
 
 
-def zero_metric_sums(objectives: Sequence[Objective], *, with_norms: bool = False) -> dict[str, jax.Array]:
+def zero_metric_sums(
+    objectives: Sequence[Objective], *, with_norms: bool = False, with_top5: bool = False
+) -> dict[str, jax.Array]:
     """The epoch's sums at its start; ``non_finite_step`` is -1 until a loss is NaN or infinite."""
     kinds = ("loss", "gradient_norm") if with_norms else ("loss",)
     names = ["count", "correct", "loss", *(f"{kind}/{term.name}" for term in objectives for kind in kinds)]
+    if with_top5:
+        names.append("correct5")
     sums = {name: jnp.zeros((), jnp.float32) for name in names}
     return {**sums, "non_finite_step": jnp.full((), -1, jnp.int32)}
 
@@ -226,21 +230,39 @@ def _objective_states(objectives: Sequence[Objective], state: TrainState, output
 def _step_metrics(
     objectives: Sequence[Objective], terms: dict[str, jax.Array], outputs: Outputs, batch: Batch
 ) -> dict[str, jax.Array]:
-    right = (jnp.argmax(outputs.logits, axis=-1) == batch.labels) & batch.mask
+    rank = label_rank(outputs.logits, batch.labels)
     return {
         "loss": sum((o.weight * terms[o.name] for o in objectives), start=jnp.zeros(())),
         **{f"loss/{name}": value for name, value in terms.items()},
         "count": jnp.sum(batch.mask.astype(jnp.float32)),
-        "correct": jnp.sum(right.astype(jnp.float32)),
+        "correct": jnp.sum(((rank < 1) & batch.mask).astype(jnp.float32)),
+        "correct5": jnp.sum(((rank < 5) & batch.mask).astype(jnp.float32)),
     }
+
+
+def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Number of classes that come before an image's label: those of a larger logit, or of the same and a lower index.
+
+    Args:
+      logits: (N, K).
+      labels: (N,), integers.
+
+    Returns:
+      (N,), int32; 0 where the label is what ``argmax`` gives.
+    """
+    of_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
+    # Written so that NaN, too, comes before the label.
+    return jnp.sum(~(logits <= of_label) | ((logits == of_label) & earlier), axis=-1, dtype=jnp.int32)
 
 
 def _add_metrics(sums: dict[str, jax.Array], metrics: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
     """Adds a step's metrics to the epoch's sums; means are weighted by the number of images."""
     weighted = {
-        name: value if name in ("count", "correct") else value * metrics["count"] for name, value in metrics.items()
+        name: value if name in ("count", "correct", "correct5") else value * metrics["count"]
+        for name, value in metrics.items()
     }
-    new = {name: sums[name] + value for name, value in weighted.items()}
+    new = {name: sums[name] + value for name, value in weighted.items() if name in sums}
     first = (sums["non_finite_step"] < 0) & ~jnp.isfinite(metrics["loss"])
     return {**new, "non_finite_step": jnp.where(first, step, sums["non_finite_step"])}
 

@@ -72,7 +72,7 @@ def test_report_draws_the_label_bank_and_the_features(whole):
     pytest.importorskip("matplotlib")
     finished = launch_here(*MLP, f"--workdir={whole}", "--mode=report", "--json")
     assert finished.code == 0, finished.stderr
-    names = ["chain.png", "label_bank.png", "features.png"]
+    names = ["chain.png", "accuracies.png", "label_bank.png", "features.png"]
     assert finished.last_json["pictures"] == [str(whole / name) for name in names]
     assert finished.last_json["picture"] == str(whole / "chain.png")
     for name in names:
@@ -87,7 +87,8 @@ def test_report_goes_on_without_a_picture_that_cannot_be_drawn(tmp_path, whole):
     assert launch_here(*three_images).code == 0
     finished = launch_here(*three_images, "--mode=report", "--json")
     assert finished.code == 0, finished.stderr
-    assert [Path(path).name for path in finished.last_json["pictures"]] == ["chain.png", "label_bank.png"]
+    names = [Path(path).name for path in finished.last_json["pictures"]]
+    assert names == ["chain.png", "accuracies.png", "label_bank.png"]
     assert "no features.png of stage train: " in finished.stderr and "there are 3" in finished.stderr
     assert not (tmp_path / "features.png").exists()
 

@@ -33,6 +33,11 @@ WEIGHT_EXAMPLES: dict[str, list[tuple[Spec, int | None]]] = {
     "sign": [(spec("sign"), 3)],
     # A step for each filter.
     "lsq": [(spec("lsq", bits=bits), None) for bits in (2, 3, 8)],
+    "categorical": [
+        *((spec("categorical", values=name), 2 ** int(name[-2])) for name in ("1b", "po2-3b", "int-4b")),
+        (spec("categorical", values=(-0.3, 0.0, 0.7), mode="soft"), 3),
+        (spec("categorical", values=(1.0, 0.5), base_levels=(-1.0, -0.5, 0.5, 1.0), start="even"), 6),
+    ],
     # A scale for each filter.
     "codebook": [
         *((spec("codebook", tau=tau), None) for tau in (1, 4, 9)),
@@ -89,6 +94,11 @@ def kernel(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.RandomState(seed).normal(0, 0.2, shape), jnp.float32)
 
 
+def latent_of(choice: Spec, shape: tuple[int, ...] = (3, 3, 8, 20), seed: int = 0) -> jax.Array:
+    """Latent weights behind a kernel of that shape."""
+    return kernel(build_weight(choice)(parent=None).latent_shape(shape), seed)
+
+
 def make_weight(choice: Spec, latent: jax.Array) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Function (method name, arguments) of a built quantizer, and its variables."""
     module = build_weight(choice)()
@@ -108,7 +118,7 @@ def test_every_table_entry_has_examples(table: dict, examples: dict) -> None:
 
 @each_weight
 def test_weight_has_the_kernel_shape_and_no_more_levels_than_documented(choice: Spec, levels, shape) -> None:
-    latent = kernel(shape)
+    latent = latent_of(choice, shape)
     q = np.asarray(make_weight(choice, latent)[0]("__call__", latent, QuantContext()))
     assert (q.shape, q.dtype) == (shape, np.float32)
     assert np.all(np.isfinite(q))
@@ -119,7 +129,7 @@ def test_weight_has_the_kernel_shape_and_no_more_levels_than_documented(choice: 
 
 @each_weight
 def test_decoding_the_encoded_weights_gives_the_weights(choice: Spec, levels, shape) -> None:
-    latent = kernel(shape, seed=1)
+    latent = latent_of(choice, shape, seed=1)
     call, _ = make_weight(choice, latent)
     encoded = call("encode", latent)
     if encoded is None:
@@ -140,7 +150,7 @@ def test_decoding_the_encoded_weights_gives_the_weights(choice: Spec, levels, sh
 
 @each_weight
 def test_weights_are_small_integers_times_the_code_scale(choice: Spec, levels, shape) -> None:
-    latent = kernel(shape, seed=2)
+    latent = latent_of(choice, shape, seed=2)
     call, _ = make_weight(choice, latent)
     scale = call("code_scale", latent)
     if scale is None:
@@ -155,7 +165,7 @@ def test_weights_are_small_integers_times_the_code_scale(choice: Spec, levels, s
 
 @pytest.mark.parametrize("choice", [c for c, _ in WEIGHTS if c.name not in CLIPPING], ids=spec_id)
 def test_weight_gradient_is_finite_and_reaches_every_unmasked_weight(choice: Spec) -> None:
-    latent = kernel((3, 3, 8, 20), seed=3)
+    latent = latent_of(choice, seed=3)
     call, variables = make_weight(choice, latent)
     gradient = jax.grad(lambda w: jnp.sum(call("__call__", w, QuantContext())))(latent)
     mask = variables.get("quant_state", {}).get("mask", jnp.ones_like(latent))
@@ -163,12 +173,16 @@ def test_weight_gradient_is_finite_and_reaches_every_unmasked_weight(choice: Spe
     np.testing.assert_array_equal(np.asarray(gradient) != 0, np.asarray(mask) != 0)
 
 
-# The gradient of 'irnet' is tested in irnet_test.py: it goes through mean and standard deviation of each filter.
+# The gradient of 'irnet' goes through mean and standard deviation of each filter, that of 'categorical' to K logits:
+# they are tested in irnet_test.py and in tests/ops/categorical_test.py, that of 'lsq' in lsq_test.py.
+OWN_GRADIENT = ("irnet", "categorical", "lsq")
+
+
 @pytest.mark.parametrize(
-    "choice", [c for c, _ in WEIGHTS if "irnet" not in spec_id(c) and c.name not in CLIPPING], ids=spec_id
+    "choice", [c for c, _ in WEIGHTS if not any(name in spec_id(c) for name in OWN_GRADIENT)], ids=spec_id
 )
 def test_weight_gradient_has_the_documented_form(choice: Spec) -> None:
-    latent = kernel((3, 3, 8, 20), seed=4)
+    latent = latent_of(choice, seed=4)
     cotangent = kernel((3, 3, 8, 20), seed=5)
     call, variables = make_weight(choice, latent)
     gradient = jax.vjp(lambda w: call("__call__", w, QuantContext()), latent)[1](cotangent)[0]
@@ -186,7 +200,7 @@ def test_weight_gradient_has_the_documented_form(choice: Spec) -> None:
 
 @each_weight_spec
 def test_weight_under_jit_equals_eager(choice: Spec) -> None:
-    latent = kernel((3, 3, 8, 20), seed=6)
+    latent = latent_of(choice, seed=6)
     call, _ = make_weight(choice, latent)
 
     def function(w: jax.Array) -> jax.Array:
@@ -197,7 +211,8 @@ def test_weight_under_jit_equals_eager(choice: Spec) -> None:
     np.testing.assert_allclose(jax.jit(function)(latent), q, rtol=0, atol=5e-7 * float(jnp.abs(q).max()))
 
 
-@each_weight_spec
+# Logits of zero are a tie, which the first value wins.
+@pytest.mark.parametrize("choice", [c for c, _ in WEIGHTS if c.name != "categorical"], ids=spec_id)
 def test_weight_of_a_tensor_of_zeros_is_finite_zero_and_encodes(choice: Spec) -> None:
     zeros = jnp.zeros((3, 3, 8, 20))
     call, _ = make_weight(choice, zeros)
@@ -210,7 +225,7 @@ def test_weight_of_a_tensor_of_zeros_is_finite_zero_and_encodes(choice: Spec) ->
 
 @each_weight_spec
 def test_weight_does_not_change_its_state(choice: Spec) -> None:
-    latent = kernel((3, 3, 8, 20), seed=7)
+    latent = latent_of(choice, seed=7)
     module = build_weight(choice)()
     variables = module.init(jax.random.key(0), latent, QuantContext())
     _, changed = module.apply(variables, latent * 2 - 1, QuantContext(train=True), mutable=["quant_state"])

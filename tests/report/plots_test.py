@@ -48,6 +48,39 @@ def test_the_curves_of_a_chain_lie_end_to_end(tmp_path: pathlib.Path, drawn) -> 
         assert image.size == (1760, 704)
 
 
+def test_bits_that_are_no_whole_number_are_rounded(tmp_path: pathlib.Path, drawn) -> None:
+    plots.plot_chain([{**RESULTS[0], "bits": 2.584962500721156}, RESULTS[1]], METRICS, tmp_path / "chain.png")
+    assert [label.get_text() for label in drawn[0].axes[1].get_xticklabels()] == ["2.58", "1"]
+
+
+def test_every_recorded_accuracy_has_a_line_and_its_highest_value_in_the_legend(tmp_path: pathlib.Path, drawn) -> None:
+    search = [
+        {"test_top1": 40.0, "train_top1": 30.0, "test_top5": 90.0, "train_top5": 80.0},
+        {"test_top1": 60.5, "train_top1": 50.0, "test_top5": 95.0, "train_top5": None},
+        {"test_top1": 55.0, "train_top1": 70.25, "test_top5": 94.0, "train_top5": 99.0},
+    ]
+    plots.plot_accuracies({"search": search, "other": search[:1], "empty": []}, tmp_path / "accuracies.png")
+    first, second, empty = drawn[0].axes
+    assert [line.get_label() for line in first.get_lines()] == [
+        "test top-1, 60.50 at 2",
+        "train top-1, 70.25 at 3",
+        "test top-5, 95.00 at 2",
+        "train top-5, 99.00 at 3",
+    ]
+    np.testing.assert_array_equal(first.get_lines()[3].get_ydata(), [80.0, np.nan, 99.0])
+    assert [len(axis.get_lines()) for axis in (second, empty)] == [4, 0]
+    assert [axis.get_title() for axis in (first, second, empty)] == ["search", "other", "empty"]
+    with PIL.Image.open(tmp_path / "accuracies.png") as image:
+        assert min(image.size) > 500
+
+
+def test_many_stages_stand_in_rows(tmp_path: pathlib.Path, drawn) -> None:
+    plots.plot_accuracies({str(stage): METRICS["w1a1"] for stage in range(5)}, tmp_path / "accuracies.png")
+    axes = drawn[0].axes
+    assert [axis.get_visible() for axis in axes] == [True] * 5 + [False]
+    assert [axis.get_ylabel() for axis in axes[:5]] == ["accuracy (%)", "", "", "accuracy (%)", ""]
+
+
 def test_stages_of_equal_bits_are_told_apart_by_name(tmp_path: pathlib.Path, drawn) -> None:
     plots.plot_chain([{**RESULTS[0], "bits": 1}, RESULTS[1]], METRICS, tmp_path / "chain.png")
     assert [label.get_text() for label in drawn[0].axes[1].get_xticklabels()] == ["w32a32", "w1a1"]

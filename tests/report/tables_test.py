@@ -70,6 +70,18 @@ def test_a_stage_row_shows_quantizers_schedule_and_origin() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ("po2-3b", "categorical po2-3b"),
+        ((-1.0, 0.0, 1.0), "categorical -1, 0, 1"),
+        (tuple(map(float, range(9))), "categorical of 9 values"),
+    ],
+)
+def test_lists_of_values_in_a_few_words(values, text) -> None:
+    assert tables.describe_quantizer(spec("categorical", values=values)) == text
+
+
+@pytest.mark.parametrize(
     ("quantizer", "text"),
     [
         (spec("identity"), "-"),

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import jax.numpy as jnp
@@ -57,7 +58,21 @@ def test_after_cutting_back_a_torn_line_the_next_record_stands_alone(path):
     assert metrics.read(path) == [*RECORDS, {"epoch": 2, "step": 9}]
 
 
+def test_the_table_has_a_row_for_each_record_and_a_column_for_each_key(tmp_path):
+    records = [{"epoch": 0, "train_loss": 0.5}, {"epoch": 1, "train_loss": 0.25, "note": "a, b"}]
+    metrics.write_csv(records, tmp_path / "metrics.csv")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"epoch": "0", "train_loss": "0.5", "note": ""},
+        {"epoch": "1", "train_loss": "0.25", "note": "a, b"},
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
 def test_means_of_an_epoch_come_from_its_sums():
     sums = {"count": 20.0, "correct": 5.0, "loss": 30.0, "loss/cross_entropy": 10.0, "non_finite_step": -1}
     means = metrics.epoch_means({name: jnp.asarray(value) for name, value in sums.items()})
     assert means == {"train_loss": 1.5, "train_top1": 25.0, "loss/cross_entropy": 0.5}
+    means = metrics.epoch_means({name: jnp.asarray(value) for name, value in {**sums, "correct5": 15.0}.items()})
+    assert (means["train_top1"], means["train_top5"]) == (25.0, 75.0)

@@ -54,7 +54,14 @@ def flat64(tree: dict) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def pytorch_sgd(*, momentum: float, nesterov: bool, weight_decay: float, clip: float | None = None) -> np.ndarray:
+def pytorch_sgd(
+    *,
+    momentum: float,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    dampening: float = 0.0,
+    clip: float | None = None,
+) -> np.ndarray:
     p, buffer = flat64(parameters()), None
     for step in range(STEPS):
         g = flat64(gradients(step))
@@ -62,7 +69,7 @@ def pytorch_sgd(*, momentum: float, nesterov: bool, weight_decay: float, clip: f
             g = g * min(1.0, clip / np.linalg.norm(g))
         g = g + weight_decay * p
         if momentum:
-            buffer = g if buffer is None else momentum * buffer + g
+            buffer = g if buffer is None else momentum * buffer + (1 - dampening) * g
             g = g + momentum * buffer if nesterov else buffer
         p = p - RATES[step] * g
     return p
@@ -86,6 +93,13 @@ def test_sgd_follows_pytorch_with_coupled_weight_decay(momentum, nesterov, weigh
     params = train(optim_spec(spec("sgd", momentum=momentum, nesterov=nesterov), groups=groups))
     expected = pytorch_sgd(momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     np.testing.assert_allclose(flat64(params), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("momentum", [0.8, 0.0])
+def test_dampening_begins_with_the_second_gradient(momentum):
+    # PyTorch has no buffer, and so nothing to dampen, without momentum.
+    params = train(optim_spec(spec("sgd", momentum=momentum, dampening=0.3)))
+    np.testing.assert_allclose(flat64(params), pytorch_sgd(momentum=momentum, dampening=0.3), **TOLERANCE)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])

@@ -15,6 +15,7 @@ EXAMPLES = {
     "cosine_by_step": {"initial": 0.1, "steps": 7},
     "linear_by_epoch": {"initial": 0.1},
     "every": {"interval": 4, "start": 1},
+    "decay_by_epoch": {"initial": 1.0, "rate": 0.5, "interval": 2, "floor": 0.3},
     "error_decay_t": {},
     "error_decay_k": {},
 }
@@ -167,6 +168,28 @@ def test_error_decay_rises_to_almost_ten_and_its_height_is_1_from_t_1_on(epochs)
     # The slope at 0 is 1 for three quarters of the stage, and t after that.
     np.testing.assert_array_equal(np.abs(k * t - 1) < 1e-6, expected <= 1)
     assert (expected <= 1).sum() == epochs * 3 // 4 + 1
+
+
+def test_decay_by_epoch_multiplies_every_few_epochs_down_to_its_floor():
+    options = {"initial": 2.0, "rate": 0.5, "interval": 2, "floor": 0.3}
+    schedule = build(spec("decay_by_epoch", **options), steps_per_epoch=3, epochs=8)
+    found = values(schedule, range(24)).reshape(8, 3)
+    np.testing.assert_array_equal(found, np.float32([2, 2, 1, 1, 0.5, 0.5, 0.3, 0.3])[:, None].repeat(3, axis=1))
+    assert float(schedule(jnp.int32(1000))) == np.float32(0.3)
+
+
+def test_decay_by_epoch_is_the_temperature_of_weight_search():
+    options = {"initial": 1.0, "rate": 0.97, "floor": 1e-5}
+    schedule = build(spec("decay_by_epoch", **options), steps_per_epoch=391, epochs=200)
+    epochs = (0, 50, 100, 150, 199)
+    # Specification, section 2.8: four digits.
+    published = [1, 0.2181, 0.04755, 0.01037, 0.00233]
+    np.testing.assert_allclose(values(schedule, [391 * e + 390 for e in epochs]), published, rtol=2e-3)
+
+
+def test_decay_by_epoch_refuses_an_interval_below_one():
+    with pytest.raises(ValueError, match="interval=0: accepted is 1 or more"):
+        build(spec("decay_by_epoch", initial=1.0, rate=0.5, interval=0), steps_per_epoch=1, epochs=1)
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones():

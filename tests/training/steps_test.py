@@ -21,6 +21,7 @@ from bnn_jax.training.steps import (
     compile_end_of_epoch,
     compile_eval_step,
     compile_train_steps,
+    label_rank,
     needs_teacher,
     train_step,
     zero_metric_sums,
@@ -211,6 +212,26 @@ def test_the_sums_of_the_metrics_are_those_of_the_images(parts, run_steps):
     np.testing.assert_allclose(sums["loss"], (metrics["loss"] * metrics["count"]).sum(), rtol=1e-6)
     np.testing.assert_allclose(sums["loss/cross_entropy"], sums["loss"], rtol=1e-6)
     assert int(sums["non_finite_step"]) == -1
+
+
+def test_the_rank_of_a_label_is_its_place_in_the_order_of_top_k():
+    # Few values, so that there are ties.
+    logits = jnp.asarray(np.random.RandomState(0).randint(0, 4, (50, 9)), jnp.float32)
+    order = jax.lax.top_k(logits, 9)[1]
+    for label in range(9):
+        found = label_rank(logits, jnp.full(50, label))
+        np.testing.assert_array_equal(found, np.argmax(np.asarray(order) == label, axis=1))
+    # Of a broken network no label is right.
+    assert int(label_rank(jnp.full((1, 9), jnp.nan), jnp.zeros(1, jnp.int32))[0]) > 0
+
+
+def test_training_images_with_the_label_among_the_first_five_are_summed_where_asked_for(parts, run_steps):
+    assert "correct5" not in tiny.state(parts).metric_sums
+    state = tiny.state(parts)
+    state = state.replace(metric_sums=zero_metric_sums(parts.objectives, with_top5=True))
+    state, metrics = run_steps(state, tiny.constants(DATA), *plan())
+    # Of four classes all are among the first five; padding does not count.
+    assert float(state.metric_sums["correct5"]) == float(metrics["correct5"].sum()) == 20
 
 
 def test_the_end_of_an_epoch_clears_the_sums_and_nothing_else(parts, run_steps):

@@ -1,0 +1,97 @@
+"""The weights in use: what the weight quantizers of a network make of its variables, layer by layer."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnn_jax.layers.conv import QuantConv, QuantDense
+from bnn_jax.quantizers.base import Encoded, QuantContext, WeightQuantizer
+
+
+def encoded_weights(
+    network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> dict[str, Encoded]:
+    """Look-up form of the weights of every layer that has one: indices, levels, scale.
+
+    The network is traced, not run: only the weights are computed with.
+
+    Args:
+      network: (images, QuantContext) -> NetworkOutput.
+      variables: trained variables of the network (params, batch_stats, quant_state).
+      image_shape: (H, W, C) of the images it reads.
+
+    Returns:
+      By path of the layer ('layer1_0/conv1'), in the order of the calls, without layers of real-valued weights.
+    """
+    found: dict[str, Encoded] = {}
+
+    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module: Any = context.module
+        # The quantizer a layer owns, not one inside another quantizer.
+        of_layer = isinstance(module, WeightQuantizer) and isinstance(module.parent, (QuantConv, QuantDense))
+        if of_layer and context.method_name == "__call__":
+            with jax.ensure_compile_time_eval():
+                encoded = module.encode(args[0])
+            if encoded is not None:
+                found["/".join(module.path[:-1])] = encoded
+        return next_function(*args, **kwargs)
+
+    # The variables are constants of the traced function, so that they can be computed with while the images cannot.
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(interceptor):
+        jax.eval_shape(lambda images: network.apply(variables, images, QuantContext()), images)
+    return found
+
+
+def save_weights(path: Path, encoded: Mapping[str, Encoded]) -> None:
+    """Writes the weights in use to a compressed ``.npz``, in one step: the old file or the whole new one.
+
+    For each layer: ``LAYER/kernel`` (kh, kw, I, O) or (I, O), float32, the weights as they are multiplied; and
+    ``LAYER/indices``, ``LAYER/levels``, ``LAYER/scale``, of which they are looked up. Latent weights (logits) are in
+    the checkpoints.
+
+    Args:
+      path: file to write.
+      encoded: by path of the layer.
+    """
+    arrays = {}
+    for layer, weights in encoded.items():
+        parts = {"kernel": weights.decode(), "indices": weights.indices, "levels": weights.levels}
+        parts["scale"] = weights.scale
+        arrays.update({f"{layer}/{name}": np.asarray(value) for name, value in parts.items()})
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)
+
+
+def put_base(variables: dict[str, Any], fresh: dict[str, Any], encoded: Mapping[str, Encoded]) -> dict[str, Any]:
+    """Variables in which the weights in use of another network are the fixed weights of the layers that have some.
+
+    Args:
+      variables: of the network, with fixed weights in 'quant_state/LAYER/weight_quantizer/base'.
+      fresh: its variables before anything was copied: latent weights of these layers are taken from here.
+      encoded: the other network's weights, by path of the layer.
+
+    Raises:
+      ValueError: a layer with fixed weights that the other network has no encoded weights for, or of another shape.
+    """
+    flat: dict[str, Any] = flax.traverse_util.flatten_dict(variables, sep="/")
+    flat_fresh: dict[str, Any] = flax.traverse_util.flatten_dict(fresh, sep="/")
+    for path, ones in flat_fresh.items():
+        if not (path.startswith("quant_state/") and path.endswith("/weight_quantizer/base")):
+            continue
+        layer = path.removeprefix("quant_state/").removesuffix("/weight_quantizer/base")
+        kernel = encoded[layer].decode() if layer in encoded else None
+        if kernel is None or kernel.shape != ones.shape:
+            found = "none" if kernel is None else f"shape {kernel.shape}"
+            raise ValueError(f"fixed weights of {layer}: {found} where they are taken from, expected {ones.shape}")
+        flat[path] = kernel
+        flat[f"params/{layer}/kernel"] = flat_fresh[f"params/{layer}/kernel"]
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
