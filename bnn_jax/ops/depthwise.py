@@ -1,6 +1,6 @@
 """Depthwise convolution as a sum of shifted products: what a CPU does fastest.
 
-XLA's convolution with as many groups as channels is 5 to 30 times slower on a CPU (``benchmarks/depthwise.py``). On an
+XLA's convolution with as many groups as channels is 1.6 to 9 times slower on a CPU (``benchmarks/depthwise.py``). On an
 accelerator it is the convolution of its library.
 """
 
