@@ -25,7 +25,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 # Where a value lies on the edge between two levels, rounding moves it to the other one. At 1 bit none did here (4e-7
 # again), at 8 bits 5e-3 was measured after six steps.
 QUANTIZED_TOLERANCE = {"rtol": 1e-2, "atol": 1e-2}
-# With this seed no value comes within rounding of the edge of a ReLU6: such a value changes parameters by 1e-4 (seed 0).
+# With this seed no value lies within rounding of the edge of a ReLU6; one that did (seed 0) changed parameters by 1e-4.
 COMMAND = (*TWO_RUNGS, "--config.seed=1")
 # Batches of 6, 6 and 4 images: no multiple of eight, the last one partial.
 ODD_BATCHES = (*rungs(32, epochs=1), "--config.train.batch_size=6", "--config.train.eval_batch_size=5")
