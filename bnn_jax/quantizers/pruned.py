@@ -77,9 +77,6 @@ class Pruned(WeightQuantizer):
     def pictures(self) -> frozenset[str]:
         return self.inner(parent=None).pictures
 
-    def latent_shape(self, kernel_shape: Shape) -> Shape:
-        return self.quantizer.latent_shape(kernel_shape)
-
     def latent_init(self, kernel_init: Initializer) -> Initializer:
         return self.quantizer.latent_init(kernel_init)
 

@@ -2,16 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
+import flax.traverse_util
 import numpy as np
 
-from bnn_jax.layers.conv import QuantConv, QuantDense
-from bnn_jax.quantizers.base import QuantContext, WeightQuantizer
+from bnn_jax.quantizers.base import Encoded
+from bnn_jax.training.realised import encoded_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,35 +55,17 @@ def level_counts(
     Returns:
       Counts by path of the layer ('layer1_0/conv1'), in the order of the calls, without layers of real-valued weights.
     """
-    found: dict[str, LevelCounts] = {}
-
-    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        # The quantizer a layer owns, not one inside another quantizer.
-        of_layer = isinstance(module, WeightQuantizer) and isinstance(module.parent, (QuantConv, QuantDense))
-        if of_layer and context.method_name == "__call__":
-            with jax.ensure_compile_time_eval():
-                counts = _count(module, args[0])
-            if counts is not None:
-                found["/".join(module.path[:-1])] = counts
-        return next_function(*args, **kwargs)
-
-    # The variables are constants of the traced function, so that they can be computed with while the images cannot.
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with nn.intercept_methods(interceptor):
-        jax.eval_shape(lambda images: network.apply(variables, images, QuantContext(train=False)), images)
-    return found
+    masks: dict[str, Any] = flax.traverse_util.flatten_dict(variables.get("quant_state", {}), sep="/")
+    return {
+        layer: _count(encoded, masks.get(f"{layer}/weight_quantizer/mask"))
+        for layer, encoded in encoded_weights(network, variables, image_shape).items()
+    }
 
 
-def _count(quantizer: Any, latent: jax.Array) -> LevelCounts | None:
-    """Counts of a bound quantizer's levels, or None for real-valued weights."""
-    encoded = quantizer.encode(latent)
-    if encoded is None:
-        return None
+def _count(encoded: Encoded, mask: Any) -> LevelCounts:
+    """Counts of a layer's levels; ``mask`` is its pruning mask or None."""
     counts = np.bincount(np.asarray(encoded.indices).ravel(), minlength=len(encoded.levels))
-    masked = 0
-    if quantizer.has_variable("quant_state", "mask"):
-        masked = int(np.sum(np.asarray(quantizer.get_variable("quant_state", "mask")) == 0))
+    masked = 0 if mask is None else int(np.sum(np.asarray(mask) == 0))
     return LevelCounts(levels=np.asarray(encoded.levels), counts=counts, masked=masked)
 
 

@@ -100,8 +100,9 @@ def test_a_mistake_is_one_line(arguments, words, tmp_path):
     ],
 )
 def test_a_network_that_cannot_be_built_is_one_line_without_training_too(mode, network, option, words, tmp_path):
-    checkpoint = f"--checkpoint={tmp_path}"
-    arguments = (QUICKSTART, f"--config.network={network}", f"--config.{option}", f"--mode={mode}", checkpoint)
+    arguments = [QUICKSTART, f"--config.network={network}", f"--config.{option}", f"--mode={mode}"]
+    if mode == "evaluate":
+        arguments.append(f"--checkpoint={tmp_path}")
     assert words in refused(launch_here(*arguments))
 
 

