@@ -65,7 +65,7 @@ def plot_pattern_use(layers: Mapping[str, CodebookUse], path: str | os.PathLike,
         used = np.count_nonzero(layer.counts)
         _caption(tiles, f"the {shown} most used of {len(layer.counts)}: {share:.0%} of the kernels; {used} in use")
     rows[-1][0].set_xlabel("pattern, from the most used", fontsize=8, color=INK)
-    _finish(figure, path, f"{title}\ndark: +1, light: \N{MINUS SIGN}1; orange: flipped since the stage began")
+    _finish(figure, path, title)
 
 
 def plot_pattern_motion(layers: Mapping[str, CodebookUse], path: str | os.PathLike, *, title: str) -> None:
@@ -90,7 +90,7 @@ def plot_pattern_motion(layers: Mapping[str, CodebookUse], path: str | os.PathLi
         text = f"{len(order)} of {len(changed)} patterns changed, {layer.flipped.mean():.1%} of the signs"
         _caption(tiles, f"{text}; {which} of them:" if shown else "no pattern changed")
     rows[-1][0].set_xlabel("trained value", fontsize=8, color=INK)
-    _finish(figure, path, f"{title}\ndark: +1, light: \N{MINUS SIGN}1; orange: flipped since the stage began")
+    _finish(figure, path, title)
 
 
 def draw_tiles(axis: Any, patterns: np.ndarray, flipped: np.ndarray) -> int:
@@ -178,5 +178,6 @@ def _caption(axis: Any, text: str) -> None:
 
 
 def _finish(figure: Any, path: str | os.PathLike, title: str) -> None:
-    figure.suptitle(title, fontsize=10, color=INK)
+    legend = "dark: +1, light: \N{MINUS SIGN}1; orange: flipped since the stage began"
+    figure.suptitle(f"{title}\n{legend}", fontsize=10, color=INK)
     figure.savefig(path, dpi=DOTS_PER_INCH)
