@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bnn_jax import data, methods, networks, objectives, run_folder
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ResidentSource, Split, index_plan
+from bnn_jax.data.base import ImageSource, Split, index_plan
 from bnn_jax.data.folds import Folds, make_folds
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.objectives import Objective
@@ -61,7 +61,7 @@ class Run:
         """The folder of the stage's checkpoints."""
         return self.stage_folder(stage) / run_folder.CHECKPOINTS
 
-    def load_data(self, stage: Stage) -> ResidentSource:
+    def load_data(self, stage: Stage) -> ImageSource:
         """The stage's images, in memory."""
         return _load_data(stage.data, self.config["data"]["data_dir"], self.config["seed"])
 
@@ -111,7 +111,7 @@ class Run:
             return (network.branches // 2,) * len(network.branch_patterns)
         return tuple(self.fold_result(stage.choice)["path"])
 
-    def referenced(self, reference: str, *, source: ResidentSource, default: Stage) -> tuple[Any, dict[str, Any]]:
+    def referenced(self, reference: str, *, source: ImageSource, default: Stage) -> tuple[Any, dict[str, Any]]:
         """Network and variables a reference points to; a file holds variables of ``default``'s network."""
         parsed = parse_reference(reference)
         stage = self.find(parsed.target) if parsed.kind == "stage" else default
@@ -124,7 +124,7 @@ def fold_path(fold: int) -> str:
     return f"fold_{fold:02d}.json"
 
 
-def searched_split(search: Stage, source: ResidentSource) -> Split:
+def searched_split(search: Stage, source: ImageSource) -> Split:
     """The images a search looks at.
 
     Raises:
@@ -138,7 +138,7 @@ def searched_split(search: Stage, source: ResidentSource) -> Split:
     return source.validation
 
 
-def folds_of(search: Stage, source: ResidentSource) -> Folds:
+def folds_of(search: Stage, source: ImageSource) -> Folds:
     """The folds of a search's images."""
     assert search.search is not None
     options = search.search.kwargs
@@ -151,7 +151,7 @@ def folds_of(search: Stage, source: ResidentSource) -> Folds:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_data(spec: Any, data_dir: str | None, seed: int) -> ResidentSource:
+def _load_data(spec: Any, data_dir: str | None, seed: int) -> ImageSource:
     """All stages of a chain use the same images, so they are decoded once."""
     return data.build(spec, data_dir=data_dir, seed=seed, progress=True)
 
@@ -188,7 +188,7 @@ class Assembly:
     """
 
     stage: Stage
-    source: ResidentSource
+    source: ImageSource
     schedule: Schedule
     parts: StepParts
     shapes: dict[str, Any]
@@ -221,7 +221,7 @@ def build_objectives(stage: Stage) -> tuple[Objective, ...]:
     return tuple(objectives.build(term) for term in stage.objectives)
 
 
-def assemble(run: Run, stage: Stage, source: ResidentSource) -> Assembly:
+def assemble(run: Run, stage: Stage, source: ImageSource) -> Assembly:
     """Builds the objects of a stage; the teacher's network too, not its variables."""
     network = run.network(stage, num_classes=source.num_classes)
     shapes = create.variable_shapes(network, source.image_shape)
@@ -255,7 +255,7 @@ def assemble(run: Run, stage: Stage, source: ResidentSource) -> Assembly:
     return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
 
 
-def _teacher_network(run: Run, stage: Stage, source: ResidentSource) -> Any:
+def _teacher_network(run: Run, stage: Stage, source: ImageSource) -> Any:
     if stage.teacher is None:
         raise UserError(f"stage {stage.name}: an objective needs a teacher, and the stage names none")
     parsed = parse_reference(stage.teacher)
@@ -300,7 +300,7 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
 
 
 def make_evaluator(
-    run: Run, stage: Stage, network: Any, source: ResidentSource, devices: Devices, *, only_test: bool = False
+    run: Run, stage: Stage, network: Any, source: ImageSource, devices: Devices, *, only_test: bool = False
 ) -> Evaluator:
     """Evaluates on 'test', where the source has one on 'validation', and a fold's winner on 'others', outside of it."""
     splits = {"test": source.test}

@@ -74,7 +74,9 @@ COMMON: dict[str, Key] = {
     "data.num_train": Key(int, POSITIVE, optional=True),
     "data.num_eval": Key(int, POSITIVE, optional=True),
     "data.validation_fraction": Key(float, FRACTION),
-    "data.augment": Key(str, ("pad_crop_flip", "pad_crop", "edge_crop_flip", "none")),
+    "data.augment": Key(str, ("pad_crop_flip", "pad_crop", "edge_crop_flip", "random_resized_crop_flip", "none")),
+    "data.decoder": Key(str, ("pillow", "opencv")),
+    "data.workers": Key(int, NOT_NEGATIVE),
     "data.normalize": Key(bool),
     "data.lighting": Key(str, ("none", "release", "paper")),
     "data.image_size": Key(int, POSITIVE, optional=True),
@@ -208,6 +210,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
 LOCATION_KEYS = frozenset(
     {
         "data.data_dir",
+        "data.workers",
         "train.eval_batch_size",
         "train.steps_per_dispatch",
         "train.checkpoint_seconds",
@@ -217,7 +220,7 @@ LOCATION_KEYS = frozenset(
 
 
 # Keys added after runs were made, with the value that stands for what those runs did: their folders stay usable.
-ADDED_LATER = {"data.lighting": "none"}
+ADDED_LATER = {"data.lighting": "none", "data.decoder": "pillow"}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from bnn_jax import run_folder
 from bnn_jax.assembly import Run, fold_path, folds_of, searched_split
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.base import ResidentSource
+from bnn_jax.data.base import ImageSource
 from bnn_jax.data.folds import Folds
 from bnn_jax.errors import Interrupted
 from bnn_jax.search.evolution import Evolution, Settings, restored_rng, rng_state
@@ -97,7 +97,7 @@ def search(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     return _result(run, stage, source, [result for result in done if result], time.monotonic() - started)
 
 
-def _settings(run: Run, stage: Stage, source: ResidentSource) -> Settings:
+def _settings(run: Run, stage: Stage, source: ImageSource) -> Settings:
     assert stage.search is not None  # a stage of this kind has one
     names = {field.name for field in dataclasses.fields(Settings)}
     network = run.network(stage, num_classes=source.num_classes)
@@ -121,7 +121,7 @@ def _start(stage: Stage, settings: Settings, folder: Path, fold: int, before: Ma
     return FoldSearch(fold, Evolution(settings, rng), [])
 
 
-def _evaluator(run: Run, stage: Stage, source: ResidentSource, stop: StopRequest) -> Evaluate:
+def _evaluator(run: Run, stage: Stage, source: ImageSource, stop: StopRequest) -> Evaluate:
     """Top-1 of paths on some images of the split that is searched on; None if asked to stop."""
     assert stage.init_from is not None  # the supernet
     devices = all_devices()
@@ -172,7 +172,7 @@ def _search_fold(
 
 
 def _result(
-    run: Run, stage: Stage, source: ResidentSource, folds: Sequence[Mapping[str, Any]], seconds: float
+    run: Run, stage: Stage, source: ImageSource, folds: Sequence[Mapping[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """Content of ``result.json``: what was found on every fold, and in the mean."""
     kept = ("fold", "path", "fold_top1", "full_top1", "evaluations")

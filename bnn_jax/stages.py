@@ -72,10 +72,11 @@ class DataSpec:
       num_eval: number of test images used; None takes all.
       validation_fraction: share of the training images held out to choose the best epoch; 0 chooses on the test set.
       augment: 'pad_crop_flip' (zero padding, random crop, horizontal flip), 'pad_crop', 'edge_crop_flip' (padding
-        repeats the border) or 'none'.
+        repeats the border), 'random_resized_crop_flip' (of images that are read while training) or 'none'.
       normalize: whether the channels are normalised; else pixels are used as they are, in [0, 1].
       lighting: random change of light of the training images: 'none', 'release' or 'paper', see ``data.augment``.
       options: further options of the source, such as the image size of generated images.
+      decoder: what decodes training images that are read while training: 'pillow' or 'opencv'; their pixels differ.
     """
 
     name: str
@@ -86,6 +87,7 @@ class DataSpec:
     normalize: bool = True
     options: tuple[tuple[str, Any], ...] = ()
     lighting: str = dataclasses.field(default="none", metadata=_LATER)
+    decoder: str = dataclasses.field(default="pillow", metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,9 @@ def base() -> ml_collections.ConfigDict:
     config.data.num_train = config_dict.placeholder(int)  # training images used; None: all
     config.data.num_eval = config_dict.placeholder(int)  # test images used; None: all
     config.data.validation_fraction = 0.0  # share of train held out to choose the best epoch; 0: chosen on the test set
-    config.data.augment = "pad_crop_flip"  # 'pad_crop_flip' | 'pad_crop' | 'edge_crop_flip' | 'none'
+    config.data.augment = "pad_crop_flip"  # one of bnn_jax.data.base.AUGMENTATIONS
+    config.data.decoder = "pillow"  # of training images that are decoded while training: 'pillow' | 'opencv'
+    config.data.workers = 0  # processes that read such images; 0: threads of this process
     config.data.normalize = True  # whether the channels are normalised; else pixels stay in [0, 1]
     config.data.lighting = "none"  # random change of light in training: 'none' | 'release' | 'paper'
     config.data.image_size = config_dict.placeholder(int)  # pixels, for generated or embedded images only

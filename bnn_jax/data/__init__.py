@@ -16,7 +16,7 @@ from bnn_jax.data.base import (
     LoadedImages,
     LoadRequest,
     Purpose,
-    ResidentSource,
+    ImageSource,
     Split,
     fingerprint,
     index_plan,
@@ -28,7 +28,7 @@ from bnn_jax.stages import DataSpec
 
 __all__ = [
     "SOURCES",
-    "ResidentSource",
+    "ImageSource",
     "SourceEntry",
     "Split",
     "build",
@@ -105,7 +105,7 @@ def _entry(spec: DataSpec) -> SourceEntry:
     return SOURCES[spec.name]
 
 
-def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool = False) -> ResidentSource:
+def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool = False) -> ImageSource:
     """Loads the images of a ``DataSpec`` into memory.
 
     Args:
@@ -133,7 +133,7 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
     train, validation = _hold_out(loaded.train, fraction=spec.validation_fraction, seed=seed)
     if spec.lighting != "none" and train.images.shape[3] != 3:
         raise DataError(f"config.data.lighting={spec.lighting!r}: accepted with images of one channel is 'none'")
-    return ResidentSource(
+    return ImageSource(
         name=spec.name,
         num_classes=loaded.num_classes,
         image_shape=tuple(train.images.shape[1:]),

@@ -13,7 +13,8 @@ import numpy as np
 
 from bnn_jax.errors import DataError
 
-AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", "none")
+AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", "random_resized_crop_flip", "none")
+DECODERS = ("pillow", "opencv")
 LIGHTINGS = ("none", "release", "paper")
 
 
@@ -38,7 +39,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ResidentSource:
+class ImageSource:
     """A whole data set in memory, with everything that training on it needs to know.
 
     Attributes:

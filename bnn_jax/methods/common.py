@@ -23,6 +23,7 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         augment=data["augment"],
         normalize=data["normalize"],
         lighting=data["lighting"],
+        decoder=data["decoder"],
         options=tuple(sorted(options.items())),
     )
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax.data.base import ResidentSource, index_plan
+from bnn_jax.data.base import ImageSource, index_plan
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.stages import Stage
 from bnn_jax.training import metrics
@@ -123,7 +123,7 @@ class StageLoop:
         parts: StepParts,
         *,
         schedule: Schedule,
-        source: ResidentSource,
+        source: ImageSource,
         teacher: Any,
         evaluator: Evaluator,
         store: CheckpointStore,

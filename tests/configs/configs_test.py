@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from bnn_jax import data, networks
 from bnn_jax.assembly import Run, assemble
 from bnn_jax.config import validate
-from bnn_jax.data.base import ResidentSource, Split
+from bnn_jax.data.base import ImageSource, Split
 from bnn_jax.quantizers.base import Shape
 from bnn_jax.stages import QuantSpec, Spec, Stage, parse_reference, to_json
 from bnn_jax.training import create
@@ -103,11 +103,11 @@ def test_runs_have_folders_of_their_own(name, variant):
 # ---- one training step in shapes
 
 
-def stand_in(stage: Stage) -> ResidentSource:
+def stand_in(stage: Stage) -> ImageSource:
     """A source of the stage's image shape and classes, with a handful of images that nothing looks at."""
     image_shape, num_classes = data.describe(stage.data)
     images = Split(np.zeros((4, *image_shape), np.uint8), np.zeros(4, np.int32))
-    return ResidentSource(
+    return ImageSource(
         name=stage.data.name,
         num_classes=num_classes,
         image_shape=image_shape,

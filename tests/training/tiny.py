@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ResidentSource, Split, fingerprint
+from bnn_jax.data.base import ImageSource, Split, fingerprint
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import NetworkOutput
@@ -53,11 +53,11 @@ def split(count: int, seed: int) -> Split:
     return Split(images.astype(np.uint8), labels)
 
 
-def source(*, num_train: int = 20, num_test: int = 10, num_validation: int = 0) -> ResidentSource:
+def source(*, num_train: int = 20, num_test: int = 10, num_validation: int = 0) -> ImageSource:
     """Data held in memory."""
     train, test = split(num_train, 0), split(num_test, 1)
     validation = split(num_validation, 2) if num_validation else None
-    return ResidentSource(
+    return ImageSource(
         name="tiny",
         num_classes=CLASSES,
         image_shape=(SIZE, SIZE, 3),
@@ -133,7 +133,7 @@ def state(step_parts: StepParts, *, seed: int = 3, devices: Devices | None = Non
     )
 
 
-def constants(data: ResidentSource, teacher: Any = None) -> Constants:
+def constants(data: ImageSource, teacher: Any = None) -> Constants:
     """The arrays a step reads."""
     return Constants(jnp.asarray(data.train.images), jnp.asarray(data.train.labels), teacher or {})
 
