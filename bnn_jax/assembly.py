@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bnn_jax import data, methods, networks, objectives, run_folder
 from bnn_jax.data.augment import prepare_eval, prepare_train
 from bnn_jax.data.base import ImageSource, Split, index_plan
 from bnn_jax.data.folds import Folds, make_folds
+from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.objectives import Objective
 from bnn_jax.stages import QuantSpec, Stage, parse_choice, parse_reference
@@ -124,7 +126,7 @@ def fold_path(fold: int) -> str:
     return f"fold_{fold:02d}.json"
 
 
-def searched_split(search: Stage, source: ImageSource) -> Split:
+def searched_split(search: Stage, source: ImageSource) -> Split | StreamedSplit:
     """The images a search looks at.
 
     Raises:
@@ -251,6 +253,8 @@ def assemble(run: Run, stage: Stage, source: ImageSource) -> Assembly:
         log_gradient_norms=stage.log_gradient_norms,
         projections=tuple(projections.build(projection) for projection in stage.projections),
         choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,
+        accumulation_steps=stage.optim.accumulation_steps,
+        remat=stage.remat,
     )
     return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
 
@@ -288,7 +292,7 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
         batch_size=min(stage.optim.batch_size, len(source.train)),
         drop_last=False,
     )
-    images = prepare_eval(jnp.asarray(source.train.images[indices[0]]), mean=source.mean, std=source.std)
+    images = prepare_eval(jnp.asarray(_images(source.train, indices[0])), mean=source.mean, std=source.std)
     variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images)
     if stage.init_from is not None:
         network, copied = run.referenced(stage.init_from, source=source, default=stage)
@@ -297,6 +301,11 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
         if stage.realised_base:
             variables = put_base(variables, fresh, encoded_weights(network, copied, source.image_shape))
     return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
+
+
+def _images(split: Split | StreamedSplit, indices: np.ndarray) -> np.ndarray:
+    """Some images of a split, uint8 (N, H, W, C); where they are read when needed, cropped as in evaluation."""
+    return split.images[indices] if isinstance(split, Split) else next(split.batches(indices[None]))[0]
 
 
 def make_evaluator(
@@ -317,5 +326,6 @@ def make_evaluator(
         splits=splits,
         batch_size=run.config["train"]["eval_batch_size"],
         devices=devices,
+        workers=run.config["data"]["workers"],
         choice=run.evaluated_choice(stage, network),
     )

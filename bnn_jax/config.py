@@ -88,6 +88,8 @@ COMMON: dict[str, Key] = {
     "train.weight_decay": Key(float, NOT_NEGATIVE),
     "train.drop_last_batch": Key(bool),
     "train.compute_dtype": Key(str, ("float32", "bfloat16")),
+    "train.accumulation_steps": Key(int, POSITIVE),
+    "train.remat": Key(bool),
     "train.steps_per_dispatch": Key(int, NOT_NEGATIVE),
     "train.checkpoint_seconds": Key(float, NOT_NEGATIVE),
     "extra_objectives": Key(tuple, OBJECTIVE_NAMES, item=str),
@@ -220,7 +222,12 @@ LOCATION_KEYS = frozenset(
 
 
 # Keys added after runs were made, with the value that stands for what those runs did: their folders stay usable.
-ADDED_LATER = {"data.lighting": "none", "data.decoder": "pillow"}
+ADDED_LATER = {
+    "data.lighting": "none",
+    "data.decoder": "pillow",
+    "train.accumulation_steps": 1,
+    "train.remat": False,
+}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -179,6 +179,7 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
         options=LoopOptions(
             steps_per_dispatch=train_config["steps_per_dispatch"],
             checkpoint_seconds=train_config["checkpoint_seconds"],
+            workers=run.config["data"]["workers"],
         ),
         devices=devices,
         choice=run.evaluated_choice(stage, assembly.network) if _is_winner(stage) else None,
@@ -395,7 +396,7 @@ def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
         found = features_of(
             network,
             variables,
-            test.images,
+            test,
             prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
             batch_size=run.config["train"]["eval_batch_size"],
             devices=all_devices(),

@@ -134,6 +134,7 @@ def _evaluator(run: Run, stage: Stage, source: ImageSource, stop: StopRequest) -
         batch_size=run.config["train"]["eval_batch_size"],
         paths_at_once=at_once,
         devices=devices,
+        workers=run.config["data"]["workers"],
     )
     variables = devices.replicate(variables)
     return lambda paths, images: evaluator(variables, paths, images, should_stop=lambda: bool(stop))

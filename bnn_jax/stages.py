@@ -130,6 +130,8 @@ class OptimSpec:
       unselected_branches: what a step does with the branches of a supernet that it did not choose. 'decay': their
         gradient is 0, so that weight decay and momentum move them (PyTorch before 2.0, and any version on several
         GPUs). 'freeze': nothing moves them and their optimiser's clock stands (PyTorch from 2.0 on, on one GPU).
+      accumulation_steps: parts of a batch that pass through the network one after another; the step is taken along
+        their mean gradient. BatchNorm normalises each part by itself.
     """
 
     optimizer: Spec
@@ -140,6 +142,7 @@ class OptimSpec:
     drop_last_batch: bool = False
     gradient_clip_norm: float | None = None
     unselected_branches: Literal["decay", "freeze"] = dataclasses.field(default="decay", metadata=_LATER)
+    accumulation_steps: int = dataclasses.field(default=1, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +178,7 @@ class Stage:
       search: what a stage of kind 'search' does, with the folds of its images.
       realised_base: whether the weights in use at the end of ``init_from`` become the fixed weights
         ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
+      remat: whether the backward pass computes all but the results of convolutions a second time, for less memory.
       log_train_top5: whether top-5 accuracy is recorded in training too.
     """
 
@@ -202,6 +206,7 @@ class Stage:
     search: Spec | None = dataclasses.field(default=None, metadata=_LATER)
     realised_base: bool = dataclasses.field(default=False, metadata=_LATER)
     log_train_top5: bool = dataclasses.field(default=False, metadata=_LATER)
+    remat: bool = dataclasses.field(default=False, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)

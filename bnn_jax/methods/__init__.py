@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bnn_jax.methods import asbq, basq, skd, snn, weight_search
-from bnn_jax.methods.common import add_extra_objectives
+from bnn_jax.methods.common import add_extra_objectives, fit_memory
 from bnn_jax.stages import Stage
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {
@@ -17,9 +17,9 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {
 
 
 def build(config: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """The stages of ``config.method``, with ``config.extra_objectives`` added.
+    """The stages of ``config.method``, with what the shared sections say of all stages.
 
     Raises:
       UserError: a combination of values the method cannot do.
     """
-    return add_extra_objectives(config, METHODS[config["method"]](config))
+    return fit_memory(config, add_extra_objectives(config, METHODS[config["method"]](config)))

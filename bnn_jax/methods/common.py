@@ -64,6 +64,24 @@ def add_extra_objectives(config: Mapping[str, Any], stages: tuple[Stage, ...]) -
     return stages[:first] + tuple(extended(stage) for stage in stages[first:])
 
 
+def fit_memory(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages with what ``config.train`` does for batches that do not fit into memory.
+
+    Raises:
+      UserError: a batch has fewer images than parts.
+    """
+    train = config["train"]
+    parts, batch_size = train["accumulation_steps"], train["batch_size"]
+    if parts > batch_size:
+        raise UserError(f"config.train.accumulation_steps={parts}: accepted is at most the batch size, {batch_size}")
+    return tuple(
+        dataclasses.replace(
+            stage, optim=dataclasses.replace(stage.optim, accumulation_steps=parts), remat=train["remat"]
+        )
+        for stage in stages
+    )
+
+
 def _extra_objective(stage: Stage, name: str, weight: float) -> Spec:
     # Features of a dense layer have no positions to average over.
     flat = name == "feature_swap" and stage.network.name == "hardtanh_mlp"

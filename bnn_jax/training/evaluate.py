@@ -7,20 +7,23 @@ import jax
 import numpy as np
 
 from bnn_jax.data.base import Split, sequential_plan
+from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.feed import Feed, Rows, fetch
 from bnn_jax.training.steps import PrepareEval, compile_eval_step
 
 
 class Evaluator:
-    """Evaluates variables on splits that stay on the device; compiled once.
+    """Evaluates variables on splits of the data; compiled once.
 
     Args:
       network: Linen module.
       prepare: uint8 images -> normalised float32 images.
-      splits: images and labels by name.
+      splits: images and labels by name; those in memory stay on the devices.
       batch_size: images per call; the last, partial batch is filled up and masked, no image is left out.
       devices: placement.
+      workers: processes that read images that are not in memory; 0: threads.
       choice: int (searched layers,), branches of a supernet; None for networks without.
     """
 
@@ -29,20 +32,21 @@ class Evaluator:
         network: Any,
         *,
         prepare: PrepareEval,
-        splits: dict[str, Split],
+        splits: dict[str, Split | StreamedSplit],
         batch_size: int,
         devices: Devices,
+        workers: int = 0,
         choice: Sequence[int] | None = None,
     ):
         self._step = compile_eval_step(network, prepare, devices, with_choice=choice is not None)
         self._choice = () if choice is None else (np.asarray(choice, np.int32),)
         self._devices, self._batch_size = devices, batch_size
-        self._arrays = {name: devices.replicate((split.images, split.labels)) for name, split in splits.items()}
+        self._feeds = {name: Feed(split, devices, workers=workers) for name, split in splits.items()}
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
-        return tuple(self._arrays)
+        return tuple(self._feeds)
 
     def __call__(
         self, variables: dict[str, Any], split: str, *, should_stop: Callable[[], bool] = lambda: False
@@ -54,13 +58,13 @@ class Evaluator:
           split: name of the split.
           should_stop: asked before every batch.
         """
-        images, labels = self._arrays[split]
-        plan = self._devices.pad_rows(*sequential_plan(labels.shape[0], min(self._batch_size, labels.shape[0])))
+        feed = self._feeds[split]
+        plan = self._devices.pad_rows(*sequential_plan(len(feed), min(self._batch_size, len(feed))))
         sums = []
-        for indices, mask in zip(*plan, strict=True):
+        for rows, mask in feed.batches(*plan):
             if should_stop():
                 return None
-            sums.append(self._step(variables, images, labels, indices, mask, *self._choice))
+            sums.append(self._step(variables, *feed.arrays, rows, mask, *self._choice))
         # Batch sums are added in float64 on the host, so that the result does not depend on how many there are.
         totals = {name: float(np.sum([float(row[name]) for row in jax.device_get(sums)])) for name in sums[0]}
         count = totals["count"]
@@ -75,7 +79,7 @@ class Evaluator:
 def features_of(
     network: Any,
     variables: dict[str, Any],
-    images: np.ndarray,
+    split: Split | StreamedSplit,
     *,
     prepare: PrepareEval,
     batch_size: int,
@@ -86,7 +90,7 @@ def features_of(
     Args:
       network: Linen module.
       variables: params, batch_stats, quant_state.
-      images: uint8 (N, H, W, C).
+      split: N images.
       prepare: uint8 images -> normalised float32 images.
       batch_size: images per call.
       devices: placement.
@@ -95,12 +99,12 @@ def features_of(
       float32 (N, D).
     """
 
-    def forward(variables: dict[str, Any], images: jax.Array, indices: jax.Array, mask: jax.Array) -> jax.Array:
-        return network.apply(variables, prepare(images[indices]), QuantContext(mask=mask)).features
+    def forward(variables: dict[str, Any], images: Any, labels: Any, rows: Rows, mask: jax.Array) -> jax.Array:
+        return network.apply(variables, prepare(fetch(images, labels, rows)[0]), QuantContext(mask=mask)).features
 
-    replicated, rows = devices.replicated, devices.rows
-    run = jax.jit(forward, in_shardings=(replicated, replicated, rows, rows), out_shardings=replicated)
-    indices, mask = devices.pad_rows(*sequential_plan(len(images), min(batch_size, len(images))))
-    variables, images = devices.replicate((variables, images))
-    batches = [np.asarray(run(variables, images, *batch)) for batch in zip(indices, mask, strict=True)]
+    replicated = devices.replicated
+    run = jax.jit(forward, in_shardings=(replicated,) * 3 + (devices.rows,) * 2, out_shardings=replicated)
+    indices, mask = devices.pad_rows(*sequential_plan(len(split), min(batch_size, len(split))))
+    feed, variables = Feed(split, devices), devices.replicate(variables)
+    batches = [np.asarray(run(variables, *feed.arrays, *batch)) for batch in feed.batches(indices, mask)]
     return np.concatenate(batches)[mask.ravel()]

@@ -22,6 +22,7 @@ from bnn_jax.training import metrics
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.feed import Dispatch, Feed
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.progress import Progress
 from bnn_jax.training.schedules import Schedule
@@ -40,10 +41,12 @@ class LoopOptions:
     Attributes:
       steps_per_dispatch: optimiser steps per call of the compiled program; 0 chooses (1 on CPU).
       checkpoint_seconds: time between checkpoints inside an epoch; every epoch ends with one anyway.
+      workers: processes that read images that are not in memory; 0: threads.
     """
 
     steps_per_dispatch: int = 0
     checkpoint_seconds: float = 300.0
+    workers: int = 0
 
 
 @dataclasses.dataclass
@@ -137,16 +140,14 @@ class StageLoop:
         self.knobs = parts.knobs
         self.run_steps = compile_train_steps(parts, devices)
         self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices)
-        self.constants = devices.replicate(
-            Constants(
-                images=jnp.asarray(source.train.images),
-                labels=jnp.asarray(source.train.labels),
-                teacher=teacher,
-                choice=None if choice is None else jnp.asarray(choice, jnp.int32),
-            )
-        )
-        self.steps_per_epoch = steps_per_epoch(stage, source.train.labels.shape[0])
-        self.dispatch_length = dispatch_length(self.steps_per_epoch, options.steps_per_dispatch)
+        self.feed = Feed(source.train, devices, workers=options.workers)
+        images, labels = self.feed.arrays
+        teacher, choice = devices.replicate((teacher, None if choice is None else np.asarray(choice, np.int32)))
+        self.constants = Constants(images, labels, teacher, choice)
+        self.steps_per_epoch = steps_per_epoch(stage, len(source.train))
+        # Images that are read as they are needed come batch by batch.
+        length = 1 if self.feed.streamed else options.steps_per_dispatch
+        self.dispatch_length = dispatch_length(self.steps_per_epoch, length)
         self._compiled_lengths: set[int] = set()
         self._last_save = time.monotonic()
         self._pending: collections.deque = collections.deque()
@@ -181,22 +182,20 @@ class StageLoop:
         self.store.wait()
         return state
 
-    def _dispatches(self, epoch: int, offset: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Index plans (K, N) of the dispatches of an epoch, from its step ``offset`` on."""
-        num_images = self.source.train.labels.shape[0]
-        plan = index_plan(
+    def _dispatches(self, epoch: int, offset: int) -> Iterator[Dispatch]:
+        """The dispatches of an epoch, from its step ``offset`` on."""
+        num_images = len(self.source.train)
+        indices, mask = index_plan(
             self.stage.seed,
             epoch,
             num_images=num_images,
             batch_size=min(self.stage.optim.batch_size, num_images),
             drop_last=self.stage.optim.drop_last_batch,
         )
-        indices, mask = self.devices.pad_rows(*plan)
-        while offset < self.steps_per_epoch:
-            # Dispatches are aligned to the start of the epoch, so that at most two lengths are compiled.
-            end = min((offset // self.dispatch_length + 1) * self.dispatch_length, self.steps_per_epoch)
-            yield indices[offset:end], mask[offset:end]
-            offset = end
+        parts = self.stage.optim.accumulation_steps
+        plan = self.devices.pad_rows(indices, mask, parts=parts)
+        crops = (self.stage.seed, epoch)
+        return self.feed.dispatches(*plan, first=offset, length=self.dispatch_length, random_crops=crops)
 
     def _train_epoch(
         self, state: TrainState, epoch: int, clock: EpochClock, progress: Progress, stop: StopRequest
@@ -204,17 +203,18 @@ class StageLoop:
         step = int(state.step)
         sums: dict[str, float] = collections.defaultdict(float)
         previous = time.monotonic()
-        for indices, mask in self._dispatches(epoch, step - epoch * self.steps_per_epoch):
+        dispatches = self._dispatches(epoch, step - epoch * self.steps_per_epoch)
+        for dispatch in dispatches:
             if stop:
                 self._save_and_stop(state, clock, stop, evaluated=True)
-            compiled = indices.shape[0] not in self._compiled_lengths
-            self._compiled_lengths.add(indices.shape[0])
-            state, dispatch_metrics = self.run_steps(state, self.constants, indices, mask)
+            compiled = dispatch.steps not in self._compiled_lengths
+            self._compiled_lengths.add(dispatch.steps)
+            state, dispatch_metrics = self.run_steps(state, self.constants, dispatch.rows, dispatch.mask)
             self._pending.append((step, dispatch_metrics))
-            step += indices.shape[0]
+            step += dispatch.steps
             self._collect(sums, ahead=0 if compiled else DISPATCHES_AHEAD)
             now = time.monotonic()
-            clock.add(now - previous, int(mask.sum()), compiled=compiled)
+            clock.add(now - previous, dispatch.images, compiled=compiled)
             previous = now
             self._show(progress, step, epoch, clock, sums)
             # The end of an epoch is saved after its evaluation, not here.

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax.data.base import Split
+from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.feed import Feed, Rows, fetch
 from bnn_jax.training.steps import PrepareEval
 
 
@@ -26,6 +28,7 @@ class PopulationEvaluator:
       batch_size: images per call.
       paths_at_once: paths per call; the last, partial group is filled up.
       devices: placement.
+      workers: processes that read images that are not in memory; 0: threads.
     """
 
     def __init__(
@@ -33,13 +36,14 @@ class PopulationEvaluator:
         network: Any,
         *,
         prepare: PrepareEval,
-        split: Split,
+        split: Split | StreamedSplit,
         batch_size: int,
         paths_at_once: int,
         devices: Devices,
+        workers: int = 0,
     ):
         self._step = compile_population_step(network, prepare, devices)
-        self._images, self._labels = devices.replicate((split.images, split.labels))
+        self._feed = Feed(split, devices, workers=workers)
         self._batch_size, self._devices = batch_size, devices
         self._paths_at_once = -(-paths_at_once // devices.count) * devices.count
 
@@ -59,17 +63,18 @@ class PopulationEvaluator:
           images: int32 (M,), which images of the split.
           should_stop: asked before every call.
         """
-        batches = _batches(images, min(self._batch_size, len(images)))
+        plan = _batches(images, min(self._batch_size, len(images)))
         correct: list[int] = []
         for start in range(0, len(paths), self._paths_at_once):
             group = np.asarray(paths[start : start + self._paths_at_once], np.int32)
             missing = min(self._paths_at_once, _rounded_up(len(paths), self._devices.count)) - len(group)
             padded = np.concatenate([group, np.repeat(group[:1], missing, axis=0)])
+            paths_of_devices = self._devices.split(padded, self._devices.rows)
             sums = []
-            for indices, mask in batches:
+            for rows, mask in self._feed.batches(*plan, split_rows=False):
                 if should_stop():
                     return None
-                sums.append(self._step(variables, self._images, self._labels, indices, mask, padded))
+                sums.append(self._step(variables, *self._feed.arrays, rows, mask, paths_of_devices))
             totals = np.sum(jax.device_get(sums), axis=0)[: len(group)]
             correct += [int(total) for total in totals]
         return [100.0 * number / len(images) for number in correct]
@@ -79,21 +84,20 @@ def _rounded_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _batches(images: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _batches(images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and masks of equal batches; the last one is filled up with image 0 and mask False."""
     missing = -len(images) % batch_size
     indices = np.pad(images.astype(np.int32), (0, missing)).reshape(-1, batch_size)
     mask = np.pad(np.ones(len(images), bool), (0, missing)).reshape(-1, batch_size)
-    return list(zip(indices, mask, strict=True))
+    return indices, mask
 
 
 def compile_population_step(network: Any, prepare: PrepareEval, devices: Devices) -> Callable:
-    """Jitted function of (variables, images, labels, indices (N,), mask (N,), paths (P, G)) -> correct images (P,)."""
+    """Jitted function of (variables, images, labels, rows (N,), mask (N,), paths (P, G)) -> correct images (P,)."""
 
-    def run(
-        variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array, mask: jax.Array, paths: jax.Array
-    ) -> jax.Array:
-        x, expected = prepare(images[indices]), labels[indices]
+    def run(variables: Any, images: Any, labels: Any, rows: Rows, mask: jax.Array, paths: jax.Array) -> jax.Array:
+        pixels, expected = fetch(images, labels, rows)
+        x = prepare(pixels)
 
         def correct(path: jax.Array) -> jax.Array:
             logits = network.apply(variables, x, QuantContext(mask=mask, choice=path)).logits

@@ -16,9 +16,13 @@ import optax
 from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.feed import Rows, fetch
 from bnn_jax.training.projections import Projection, Update
 from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
+
+# Metrics that are numbers of images; the others are means over a step's images.
+COUNTS = ("count", "correct", "correct5")
 
 # Streams of random numbers inside a step, each folded into the step's key.
 AUGMENTATION, QUANTIZER, REAL_STREAM, PROJECTION, CHOICE = 0, 1, 2, 3, 4
@@ -34,15 +38,15 @@ class Constants:
     """Arrays a stage's steps read but never change.
 
     Attributes:
-      images: (M, H, W, C), uint8, the training images.
-      labels: (M,), int32.
+      images: (M, H, W, C), uint8, the training images; None where every step brings its own.
+      labels: (M,), int32, or None.
       teacher: variables of the teacher, or {}.
       choice: (searched layers,), int32, branches of a supernet that are trained; None where each step chooses anew or
         there are none.
     """
 
-    images: jax.Array
-    labels: jax.Array
+    images: jax.Array | None
+    labels: jax.Array | None
     teacher: Any
     choice: jax.Array | None = None
 
@@ -61,6 +65,9 @@ class StepParts:
       log_gradient_norms: whether the gradient norm of every weighted objective is measured (a pullback for each).
       projections: changes made between gradient and optimiser, in this order.
       choose: draws the branches of a step, or None.
+      accumulation_steps: parts of a batch that are passed through the network one after another, see
+        ``accumulated_pass``.
+      remat: whether the backward pass computes all but the results of convolutions a second time, for less memory.
     """
 
     network: Any
@@ -72,6 +79,8 @@ class StepParts:
     log_gradient_norms: bool = False
     projections: tuple[Projection, ...] = ()
     choose: Choose | None = None
+    accumulation_steps: int = 1
+    remat: bool = False
 
 
 def uniform_choice(genes: int, branches: int) -> Choose:
@@ -101,8 +110,27 @@ def zero_metric_sums(
     return {**sums, "non_finite_step": jnp.full((), -1, jnp.int32)}
 
 
+@flax.struct.dataclass
+class Pass:
+    """What one forward and backward pass over (a part of) a batch gives.
+
+    Attributes:
+      grads: gradient of the loss with respect to the parameters.
+      metrics: scalars, see ``train_step``.
+      batch_stats: running statistics after the pass.
+      quant_state: state of the quantizers after the pass.
+      objective_state: state of the objectives after the pass.
+    """
+
+    grads: Any
+    metrics: dict[str, jax.Array]
+    batch_stats: Any
+    quant_state: Any
+    objective_state: Any
+
+
 def train_step(
-    parts: StepParts, state: TrainState, constants: Constants, indices: jax.Array, mask: jax.Array
+    parts: StepParts, state: TrainState, constants: Constants, rows: Rows, mask: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step, a pure function to be jitted.
 
@@ -110,47 +138,126 @@ def train_step(
       parts: static parts.
       state: state before the step.
       constants: training images, labels, teacher.
-      indices: (N,), int32, rows of the training images.
+      rows: (N,), int32, rows of the training images; or images (N, H, W, C), uint8, and labels (N,) themselves.
       mask: (N,), bool, False for rows that only fill up the batch.
 
     Returns:
       The state after the step, and scalars of this step: loss, each objective, count and correct.
     """
     key = jax.random.fold_in(state.rng, state.step)
-    images = parts.prepare(constants.images[indices], jax.random.fold_in(key, AUGMENTATION))
-    batch = Batch(images=images, labels=constants.labels[indices], mask=mask)
+    images, labels = fetch(constants.images, constants.labels, rows)
+    images = parts.prepare(images, jax.random.fold_in(key, AUGMENTATION))
+    batch = Batch(images=images, labels=labels, mask=mask)
     knobs = {name: schedule(state.step) for name, schedule in parts.knobs.items()}
     choice = constants.choice
     if parts.choose is not None:
         choice = parts.choose(jax.random.fold_in(key, CHOICE), state.step)
     ctx = QuantContext(train=True, step=state.step, knobs=knobs, choice=choice, mask=mask)
+    run = accumulated_pass if parts.accumulation_steps > 1 else one_pass
+    done = run(parts, state, constants.teacher, batch, ctx, key=key)
+    update = Update(state.params, done.quant_state, state.opt_state, done.grads)
+    update = _project(parts.projections, update, ctx, jax.random.fold_in(key, PROJECTION))
+    changes, opt_state = parts.optimizer.update(update.grads, update.opt_state, update.params, ctx=ctx)
+    new_state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(update.params, changes),
+        batch_stats=done.batch_stats,
+        quant_state=update.quant_state,
+        opt_state=opt_state,
+        objective_state=done.objective_state,
+        metric_sums=_add_metrics(state.metric_sums, done.metrics, state.step),
+    )
+    return new_state, done.metrics
+
+
+def one_pass(
+    parts: StepParts, state: TrainState, teacher: Any, batch: Batch, ctx: QuantContext, *, key: jax.Array
+) -> Pass:
+    """Forward and backward pass over a batch.
+
+    Args:
+      parts: static parts.
+      state: state before the pass.
+      teacher: variables of the teacher, or {}.
+      batch: images, labels, mask.
+      ctx: context of the step, with the batch's mask.
+      key: random key of the pass.
+    """
     teacher_logits = None
     if needs_teacher(parts.objectives):
         own_ctx = ctx.replace(train=False, choice=None)
-        teacher_logits = parts.teacher.apply(constants.teacher, images, own_ctx).logits
+        teacher_logits = parts.teacher.apply(teacher, batch.images, own_ctx).logits
 
     def terms_function(params: Any):
         variables = {**state.variables, "params": params}
-        outputs, updates = forward(parts, variables, images, ctx, key=key)
+        outputs, updates = forward(parts, variables, batch.images, ctx, key=key)
         outputs = outputs.replace(teacher_logits=teacher_logits)
         terms = {o.name: o(outputs, batch, state.objective_state.get(o.name, {}), ctx) for o in parts.objectives}
         return terms, (outputs, updates)
 
+    if parts.remat:
+        terms_function = jax.checkpoint(terms_function, policy=_is_convolution)
     terms, grads, norms, (outputs, updates) = gradients(parts, terms_function, state.params)
-    update = Update(state.params, updates.get("quant_state", state.quant_state), state.opt_state, grads)
-    update = _project(parts.projections, update, ctx, jax.random.fold_in(key, PROJECTION))
-    changes, opt_state = parts.optimizer.update(update.grads, update.opt_state, update.params, ctx=ctx)
-    metrics = {**_step_metrics(parts.objectives, terms, outputs, batch), **norms}
-    new_state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(update.params, changes),
+    return Pass(
+        grads=grads,
+        metrics={**_step_metrics(parts.objectives, terms, outputs, batch), **norms},
         batch_stats=updates.get("batch_stats", state.batch_stats),
-        quant_state=update.quant_state,
-        opt_state=opt_state,
+        quant_state=updates.get("quant_state", state.quant_state),
         objective_state=_objective_states(parts.objectives, state, outputs, batch),
-        metric_sums=_add_metrics(state.metric_sums, metrics, state.step),
     )
-    return new_state, metrics
+
+
+def _is_convolution(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a result is kept for the backward pass rather than computed a second time."""
+    return primitive.name in ("conv_general_dilated", "dot_general")
+
+
+def accumulated_pass(
+    parts: StepParts, state: TrainState, teacher: Any, batch: Batch, ctx: QuantContext, *, key: jax.Array
+) -> Pass:
+    """``one_pass`` over one part of the batch after another, with the mean gradient over all images.
+
+    Part i of A takes the rows i, i + A, i + 2 A, ..., so that every device has its share of it. A part without a valid
+    row changes nothing. BatchNorm normalises each part by itself, and its running statistics move once for each; states
+    of quantizers and objectives go from part to part too.
+    """
+    count = parts.accumulation_steps
+    split = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, count, *rows.shape[1:]), 0, 1), batch)
+    total = jnp.maximum(jnp.sum(batch.mask.astype(jnp.float32)), 1.0)
+
+    def body(carry: Pass, xs: tuple[Batch, jax.Array]) -> tuple[Pass, None]:
+        part, index = xs
+        now = state.replace(
+            batch_stats=carry.batch_stats, quant_state=carry.quant_state, objective_state=carry.objective_state
+        )
+        own_key = jax.random.fold_in(key, index)
+        done = one_pass(parts, now, teacher, part, ctx.replace(mask=part.mask), key=own_key)
+        share = done.metrics["count"] / total
+        added = done.replace(
+            grads=jax.tree.map(lambda total, value: total + share * value, carry.grads, done.grads),
+            metrics={
+                name: carry.metrics[name] + (value if name in COUNTS else share * value)
+                for name, value in done.metrics.items()
+            },
+        )
+        # Chosen, not multiplied by 0: the mean over no row may be NaN.
+        return jax.tree.map(lambda new, old: jnp.where(share > 0, new, old), added, carry), None
+
+    first = jax.tree.map(lambda rows: rows[0], split)
+    shapes = jax.eval_shape(lambda: one_pass(parts, state, teacher, first, ctx.replace(mask=first.mask), key=key))
+    carry = Pass(
+        grads=jax.tree.map(jnp.zeros_like, state.params),
+        metrics=jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes.metrics),
+        batch_stats=state.batch_stats,
+        quant_state=state.quant_state,
+        objective_state=state.objective_state,
+    )
+    return jax.lax.scan(body, carry, (split, jnp.arange(count)), unroll=_unroll(count))[0]
+
+
+def _unroll(length: int) -> int:
+    # Convolutions in the body of an XLA:CPU loop are 20 times slower than outside: there the loop is unrolled.
+    return length if jax.default_backend() == "cpu" else 1
 
 
 def forward(
@@ -258,35 +365,32 @@ def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def _add_metrics(sums: dict[str, jax.Array], metrics: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
     """Adds a step's metrics to the epoch's sums; means are weighted by the number of images."""
-    weighted = {
-        name: value if name in ("count", "correct", "correct5") else value * metrics["count"]
-        for name, value in metrics.items()
-    }
+    weighted = {name: value if name in COUNTS else value * metrics["count"] for name, value in metrics.items()}
     new = {name: sums[name] + value for name, value in weighted.items() if name in sums}
     first = (sums["non_finite_step"] < 0) & ~jnp.isfinite(metrics["loss"])
     return {**new, "non_finite_step": jnp.where(first, step, sums["non_finite_step"])}
 
 
 def compile_train_steps(parts: StepParts, devices: Devices) -> Callable:
-    """Jitted function of (state, constants, indices (K, N), mask (K, N)) that runs K steps in one dispatch.
+    """Jitted function of (state, constants, rows (K, N), mask (K, N)) that runs K steps in one dispatch.
 
+    The rows of a step are indices or, where images are read as they are needed, images and labels; see ``train_step``.
     The state is donated. Returns the new state and the steps' metrics stacked (K,).
     """
 
-    def run(state: TrainState, constants: Constants, indices: jax.Array, mask: jax.Array):
-        if indices.shape[0] == 1:
-            state, metrics = train_step(parts, state, constants, indices[0], mask[0])
+    def run(state: TrainState, constants: Constants, rows: Rows, mask: jax.Array):
+        length = mask.shape[0]
+        if length == 1:
+            state, metrics = train_step(parts, state, constants, jax.tree.map(lambda row: row[0], rows), mask[0])
             return state, jax.tree.map(lambda value: value[None], metrics)
-        # Convolutions in the body of an XLA:CPU loop are 20 times slower than outside: there the loop is unrolled.
-        unroll = indices.shape[0] if jax.default_backend() == "cpu" else 1
         return jax.lax.scan(
-            lambda carry, xs: train_step(parts, carry, constants, *xs), state, (indices, mask), unroll=unroll
+            lambda carry, xs: train_step(parts, carry, constants, *xs), state, (rows, mask), unroll=_unroll(length)
         )
 
-    replicated, rows = devices.replicated, devices.stacked_rows
+    replicated, split = devices.replicated, devices.stacked_rows
     return jax.jit(
         run,
-        in_shardings=(replicated, replicated, rows, rows),
+        in_shardings=(replicated, replicated, split, split),
         out_shardings=(replicated, replicated),
         donate_argnums=0,
     )
@@ -309,7 +413,9 @@ def compile_end_of_epoch(objectives: Sequence[Objective], devices: Devices) -> C
 
 
 def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False) -> Callable:
-    """Jitted function of (variables, images, labels, indices (N,), mask (N,)) -> sums over the valid rows.
+    """Jitted function of (variables, images, labels, rows (N,), mask (N,)) -> sums over the valid rows.
+
+    The rows are indices or, with None for images and labels, images and labels themselves; see ``fetch``.
 
     With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet.
 
@@ -317,10 +423,10 @@ def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices, *, w
     the five largest logits (among all where there are fewer classes).
     """
 
-    def run(variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array, mask: jax.Array, *choice: Any):
+    def run(variables: Any, images: Any, labels: Any, rows: Rows, mask: jax.Array, *choice: Any):
         ctx = QuantContext(mask=mask, choice=choice[0] if choice else None)
-        logits = network.apply(variables, prepare(images[indices]), ctx).logits
-        labels = labels[indices]
+        images, labels = fetch(images, labels, rows)
+        logits = network.apply(variables, prepare(images), ctx).logits
         _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (top == labels[:, None]) & mask[:, None]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

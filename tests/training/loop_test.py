@@ -209,10 +209,10 @@ def test_dispatches_are_aligned_to_the_start_of_the_epoch(tmp_path):
     run = Run(tmp_path, steps_per_dispatch=2)
     with CheckpointStore(tmp_path / "checkpoints") as store:
         loop = run.make_loop(store)
-    lengths = {offset: [len(indices) for indices, _ in loop._dispatches(0, offset)] for offset in range(STEPS)}
+    lengths = {offset: [dispatch.steps for dispatch in loop._dispatches(0, offset)] for offset in range(STEPS)}
     assert lengths == {0: [2, 1], 1: [1, 1], 2: [1]}
-    whole_epoch = np.concatenate([indices for indices, _ in loop._dispatches(1, 0)])
-    np.testing.assert_array_equal(np.concatenate([i for i, _ in loop._dispatches(1, 1)]), whole_epoch[1:])
+    whole_epoch, rest = (np.concatenate([d.rows for d in loop._dispatches(1, offset)]) for offset in (0, 1))
+    np.testing.assert_array_equal(rest, whole_epoch[1:])
 
 
 # ---- stopping and going on. The loop looks for a signal before each of the 3 steps and of the 2 + 2 batches of test

@@ -1,0 +1,4 @@
+"""Placeholder until the reader is merged."""
+
+
+class StreamedSplit: ...
