@@ -83,7 +83,7 @@ def test_features_are_those_of_every_image_in_order(batch_size):
     found = features_of(
         NETWORK,
         tiny.variables(),
-        DATA.test.images,
+        DATA.test,
         prepare=tiny.prepare_for_evaluation,
         batch_size=batch_size,
         devices=all_devices(),

@@ -385,4 +385,5 @@ def test_every_line_of_the_record_is_json(whole):
 
 
 def test_options_say_how_a_stage_is_run_only():
-    assert {field.name for field in dataclasses.fields(LoopOptions)} == {"steps_per_dispatch", "checkpoint_seconds"}
+    names = {field.name for field in dataclasses.fields(LoopOptions)}
+    assert names == {"steps_per_dispatch", "checkpoint_seconds", "workers"}
