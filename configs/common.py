@@ -39,7 +39,7 @@ def base() -> ml_collections.ConfigDict:
     config.train.drop_last_batch = False  # whether the partial batch at the end of an epoch is left out
     config.train.compute_dtype = "float32"  # 'bfloat16': convolutions of integer codes run in bfloat16, exactly
     config.train.accumulation_steps = 1  # parts of a batch passed through the network in turn, where it does not fit
-    config.train.remat = False  # whether the backward pass computes all but convolutions again, to need less memory
+    config.train.remat = False  # whether blocks are computed again in the backward pass, to need less memory
     config.train.steps_per_dispatch = 0  # optimiser steps per call of the compiled program; 0: chosen by the device
     config.train.checkpoint_seconds = 300.0  # seconds between checkpoints inside an epoch
     return config
