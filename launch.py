@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 USAGE = """\
@@ -24,8 +25,17 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --json                 one JSON object as the last line
   --help                 this text
 
+on several processes (hosts): train and evaluate; the same command in each of them
+  under SLURM (srun), Open MPI and in a Kubernetes JobSet they find each other; elsewhere:
+  --coordinator=HOST:PORT    address of the first process
+  --num_processes=N          how many there are
+  --process_id=I             which one this is, 0 to N - 1
+  --distributed=off          every process on its own, whatever started it (default auto)
+  --heartbeat_seconds=S      silence after which a process counts as lost (default 100)
+  --connect_seconds=S        how long to wait for the others at the start (default 300)
+
 example: python launch.py --config=configs/quickstart.py
-exit status: 0 done; 1 training failed; 2 bad input; 130 or 143 stopped by a signal, state saved
+exit status: 0 done; 1 training failed or a process was lost; 2 bad input; 130 or 143 stopped by a signal, state saved
 """
 
 
@@ -34,28 +44,32 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
         print(USAGE, end="")
         return 0
-    from bnn_jax import command_line
+    from bnn_jax import command_line, distributed
     from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError
 
     try:
         command_line.run(command_line.parse(argv))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signal_number
+        return distributed.finish(128 + stopped.signal_number, str(stopped))
     except UserError as error:
-        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteLossError) else 2
-    except OSError as error:
-        # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
-        from bnn_jax.run_folder import describe_os_error
-
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{describe_os_error(error)}", file=sys.stderr)
-        return 2
+        return distributed.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
     except KeyboardInterrupt:
-        print("stopped; what was saved is kept, the same command goes on from there", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+        message = "stopped; what was saved is kept, the same command goes on from there"
+        return distributed.fail(128 + signal.SIGINT, message, label="")
+    except Exception as error:
+        if distributed.is_lost_contact(error):
+            distributed.lose_contact()
+        if isinstance(error, OSError):
+            # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
+            from bnn_jax.run_folder import describe_os_error
+
+            where = f"{error.filename}: " if error.filename else ""
+            return distributed.fail(2, f"{where}{describe_os_error(error)}")
+        if distributed.count() == 1:
+            raise
+        traceback.print_exc()
+        return distributed.fail(1, f"{type(error).__name__}, see above")
+    return distributed.finish(0, None)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,23 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from bnn_jax import distributed
 from bnn_jax.config import flatten, suggest, validate
 from bnn_jax.errors import UserError
 
 MODES = ("train", "evaluate", "summary", "report")
 
 # The modes that read an option; the others refuse it.
-OPTION_MODES = {"stage": ("train", "evaluate", "summary"), "checkpoint": ("evaluate",), "fresh": ("train",)}
+OPTION_MODES = {
+    "stage": ("train", "evaluate", "summary"),
+    "checkpoint": ("evaluate",),
+    "fresh": ("train",),
+    "coordinator": ("train", "evaluate"),
+    "num_processes": ("train", "evaluate"),
+    "process_id": ("train", "evaluate"),
+}
+DISTRIBUTED = ("auto", "off")
+SECONDS = {"heartbeat_seconds": 100, "connect_seconds": 300}
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -30,7 +40,8 @@ def parse(argv: Sequence[str]) -> Any:
       argv: program name and arguments.
 
     Returns:
-      Flag values: ``config`` (ConfigDict), ``mode``, ``workdir``, ``stage``, ``checkpoint``, ``fresh``, ``json``.
+      Flag values: ``config`` (ConfigDict), ``mode``, ``workdir``, ``stage``, ``checkpoint``, ``fresh``, ``json``, and
+      those of several processes (``peers_of``).
 
     Raises:
       UserError: one line about what is wrong.
@@ -49,22 +60,28 @@ def parse(argv: Sequence[str]) -> Any:
         raise UserError(f"command line: {rest[0]!r} is no option; --help lists the options")
     if values.mode not in MODES:
         raise UserError(f"--mode={values.mode}: accepted are {', '.join(MODES)}")
+    if values.distributed not in DISTRIBUTED:
+        raise UserError(f"--distributed={values.distributed}: accepted are {', '.join(DISTRIBUTED)}")
     _refuse_unused(values)
+    peers_of(values)
     return values
 
 
 def _refuse_unused(values: flags.FlagValues) -> None:
     """Raises UserError for an option that the mode would ignore."""
     for name, modes in OPTION_MODES.items():
-        if values[name].value and values.mode not in modes:
+        if values[name].value not in (None, False, "") and values.mode not in modes:
             raise UserError(f"--{name} is of no use with --mode={values.mode}: accepted with {', '.join(modes)}")
 
 
 def _define_flags(config: ConfigDict, argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
-    for name in ("workdir", "stage", "checkpoint"):
+    for name in ("workdir", "stage", "checkpoint", "coordinator"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
+    flags.DEFINE_string("distributed", "auto", "join other processes", flag_values=values)
+    for name, default in (("num_processes", None), ("process_id", None), *SECONDS.items()):
+        flags.DEFINE_integer(name, default, name, flag_values=values)
     flags.DEFINE_bool("fresh", False, "start anew", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON as the last line", flag_values=values)
     config_flags.DEFINE_config_dict("config", config, "config", flag_values=values, sys_argv=argv)
@@ -139,6 +156,31 @@ def _describe_illegal_value(message: str, config: ConfigDict) -> str:
     return f"{message.removeprefix('flag ')}: accepted is {place.get_type(key).__name__}"
 
 
+def peers_of(values: Any) -> distributed.Peers | None:
+    """The other processes, as the flags or else the launcher name them; None on a single process.
+
+    Raises:
+      UserError: flags that do not go together, or a mode that works on one process alone.
+    """
+    seconds = {name: values[name].value for name in SECONDS}
+    named = distributed.peers(
+        coordinator=values.coordinator, count=values.num_processes, index=values.process_id, **seconds
+    )
+    if values.distributed == "off":
+        if named is not None:
+            raise UserError("--distributed=off: of no use with --coordinator")
+        return None
+    launcher = distributed.launcher() if named is None else None
+    if launcher is None:
+        return named
+    if values.mode not in OPTION_MODES["coordinator"]:
+        raise UserError(
+            f"--mode={values.mode} works on one process, and {launcher} started several; start it outside of the job, "
+            "or with --distributed=off"
+        )
+    return distributed.Peers(**seconds)
+
+
 def one_line(error: BaseException) -> str:
     """An exception's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -155,36 +197,73 @@ def run(values: Any) -> None:
       Interrupted: a signal came; the run is saved.
     """
     config = validate(values.config.to_dict())
+    peers = peers_of(values)
+    if peers is not None:
+        # Before anything looks for devices.
+        distributed.connect(peers)
+        _check_same_command(values, config)
     # Only now: importing jax takes seconds, and a mistake should show at once.
+    from bnn_jax import pipeline
+
+    job = pipeline.Run(config, Path(values.workdir or Path("runs") / config["name"]))
+    modes = {"train": _train, "evaluate": _evaluate, "summary": _summary, "report": _report}
+    result = modes[values.mode](job, values)
+    if values.json and distributed.is_first():
+        print(json.dumps(result), flush=True)
+
+
+def _check_same_command(values: Any, config: dict[str, Any]) -> None:
+    """Raises UserError where a process was given another command than the first one; they would wait for each other."""
+    options = {name: values[name].value for name in ("mode", "workdir", "stage", "checkpoint", "fresh")}
+    distributed.same_everywhere("command", {**options, "config": flatten(config)})
+
+
+def _train(job: Any, values: Any) -> dict[str, Any]:
     from bnn_jax import pipeline
     from bnn_jax.report import tables
 
-    job = pipeline.Run(config, Path(values.workdir or Path("runs") / config["name"]))
-    if values.mode == "train":
+    if distributed.is_first():
         tables.show(tables.stages_table(job.stages), file=sys.stderr)
-        result = {"stages": pipeline.train(job, from_stage=values.stage, fresh=values.fresh)}
+    result = {"stages": pipeline.train(job, from_stage=values.stage, fresh=values.fresh)}
+    if distributed.is_first():
         tables.show(tables.results_table(result["stages"]))
         _show_winners(pipeline.winners(job), result)
-    elif values.mode == "evaluate":
-        checkpoint = Path(values.checkpoint) if values.checkpoint else None
-        result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
+    return result
+
+
+def _evaluate(job: Any, values: Any) -> dict[str, Any]:
+    from bnn_jax import pipeline
+
+    checkpoint = Path(values.checkpoint) if values.checkpoint else None
+    result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
+    if distributed.is_first():
         print(
             f"{values.stage or result['stage']}: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
             f"loss {result['loss']:.4f}  ({result['num_images']:,} images, {result['checkpoint']})"
         )
-    elif values.mode == "summary":
-        name = values.stage or job.stages[-1].name
-        costs = pipeline.summary(job, stage_name=name)
-        tables.show(costs.table())
-        result = {"stage": name, **costs.to_json()}
-    else:
-        result = pipeline.report(job)
-        tables.show(tables.results_table(result["stages"]))
-        _show_winners(pipeline.winners(job), result)
-        for path in result["pictures"]:
-            print(f"picture: {path}")
-    if values.json:
-        print(json.dumps(result), flush=True)
+    return result
+
+
+def _summary(job: Any, values: Any) -> dict[str, Any]:
+    from bnn_jax import pipeline
+    from bnn_jax.report import tables
+
+    name = values.stage or job.stages[-1].name
+    costs = pipeline.summary(job, stage_name=name)
+    tables.show(costs.table())
+    return {"stage": name, **costs.to_json()}
+
+
+def _report(job: Any, _: Any) -> dict[str, Any]:
+    from bnn_jax import pipeline
+    from bnn_jax.report import tables
+
+    result = pipeline.report(job)
+    tables.show(tables.results_table(result["stages"]))
+    _show_winners(pipeline.winners(job), result)
+    for path in result["pictures"]:
+        print(f"picture: {path}")
+    return result
 
 
 def _show_winners(winners: dict[str, Any] | None, result: dict[str, Any]) -> None:

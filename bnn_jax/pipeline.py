@@ -1,8 +1,10 @@
 """What ``launch.py`` can do: train the stages of a run one after another, evaluate, summarise, report.
 
-A finished stage is skipped, an interrupted one goes on at its step, a new one starts from what it refers to.
+A finished stage is skipped, an interrupted one goes on at its step, a new one starts from what it refers to. Of several
+processes the first one decides which of these it is, and writes; see ``distributed``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import data, run_folder, search_stage
+from bnn_jax import data, distributed, run_folder, search_stage
 from bnn_jax.assembly import (
     Assembly,
     Run,
@@ -57,15 +59,34 @@ def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> li
     """
     check(run)
     again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
+    distributed.on_loss(lambda: _last_saved(run))
+    with contextlib.ExitStack() as held:
+        distributed.from_first("folder", lambda: _prepare_folder(run, again, held, fresh=fresh))
+        run_folder.check_shared(run.folder)
+        stop = held.enter_context(StopRequest())
+        return [_finished_result(run, stage) or _train_stage(run, stage, stop) for stage in run.stages]
+
+
+def _prepare_folder(run: Run, again: tuple[Stage, ...], held: contextlib.ExitStack, *, fresh: bool) -> None:
+    """Makes the run's folder this run's and locks it until ``held`` is left."""
     if fresh and run.folder.exists():
         with run_folder.locked(run.folder):
             _move_aside(run.folder)
-    with run_folder.locked(run.folder):
-        run_folder.claim(run.folder, run.config, run.stages)
-        for stage in again:
-            _move_aside(run.stage_folder(stage))
-        with StopRequest() as stop:
-            return [_finished_result(run, stage) or _train_stage(run, stage, stop) for stage in run.stages]
+    held.enter_context(run_folder.locked(run.folder))
+    run_folder.claim(run.folder, run.config, run.stages)
+    for stage in again:
+        _move_aside(run.stage_folder(stage))
+
+
+def _last_saved(run: Run) -> str:
+    """Where a run goes on that ends here, as far as can be seen in its folder."""
+    for stage in reversed(run.stages):
+        if run_folder.read_result(run.stage_folder(stage)) is not None:
+            return f"the end of stage {stage.name}"
+        steps = [int(path.name) for path in run.checkpoints(stage).glob("*") if path.name.isdecimal()]
+        if steps:
+            return f"step {max(steps)} of stage {stage.name}"
+    return "the start"
 
 
 def check(run: Run) -> None:
@@ -118,6 +139,10 @@ def _move_aside(path: Path) -> None:
 
 
 def _finished_result(run: Run, stage: Stage) -> dict[str, Any] | None:
+    return distributed.from_first("finished", lambda: _read_result(run, stage))
+
+
+def _read_result(run: Run, stage: Stage) -> dict[str, Any] | None:
     folder = run.stage_folder(stage)
     result = run_folder.read_result(folder)
     if result is not None:
@@ -129,30 +154,32 @@ def _finished_result(run: Run, stage: Stage) -> dict[str, Any] | None:
 
 
 def _train_stage(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
-    if stop:
+    if stop.agreed(at_once=True):
         raise Interrupted(f"stopped before stage {stage.name}; the same command goes on from there", stop.signal_number)
     started, folder = time.monotonic(), run.stage_folder(stage)
     if stage.kind == "search":
         return _save_result(run, stage, search_stage.search(run, stage, stop), stop, started)
-    assembly = assemble(run, stage, run.load_data(stage))
+    source = run.load_data(stage)
+    distributed.same_everywhere(f"data of stage {stage.name}", {"fingerprint": source.fingerprint})
+    assembly = assemble(run, stage, source)
     # Only now: a run whose images cannot be read leaves nothing that a corrected config would have to respect.
-    folder.mkdir(exist_ok=True)
+    distributed.from_first("stage folder", lambda: folder.mkdir(exist_ok=True))
     with CheckpointStore(folder / run_folder.CHECKPOINTS) as store:
         state = _fit(run, assembly, store, stop)
-        result = _result(run, assembly, state)
-    _save_for_people(assembly, state, folder)
+    result = distributed.from_first("result", lambda: _finish(run, assembly, state, folder))
     return _save_result(run, stage, result, stop, started)
 
 
 def _save_result(run: Run, stage: Stage, result: dict[str, Any], stop: StopRequest, started: float) -> dict[str, Any]:
-    """Writes ``result.json`` of a stage that began at ``started``.
+    """Writes ``result.json`` of a stage that began at ``started``; after that the other processes may read the stage.
 
     Raises:
       Interrupted: asked to stop, with stages left.
     """
     result["process_seconds"] = round(time.monotonic() - started, 1)
-    run_folder.write_json(run.stage_folder(stage) / run_folder.RESULT, result)
-    if stop and stage is not run.stages[-1]:
+    path = run.stage_folder(stage) / run_folder.RESULT
+    distributed.from_first("result written", lambda: run_folder.write_json(path, result))
+    if stop.agreed(at_once=True) and stage is not run.stages[-1]:
         raise Interrupted(f"stage {stage.name} is finished; the same command goes on with the rest", stop.signal_number)
     return result
 
@@ -161,7 +188,8 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
     """The state after the last epoch, from a new start or from the last checkpoint."""
     devices, stage = all_devices(), assembly.stage
     if store.latest_step() is None:
-        state, meta = assembly.create_state(initial_variables(run, assembly), devices), None
+        variables = distributed.values_of_first(initial_variables(run, assembly))
+        state, meta = assembly.create_state(variables, devices), None
     else:
         state, meta = store.restore(assembly.state_shapes(devices))
         state = devices.replicate(state)
@@ -172,7 +200,7 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
         assembly.parts,
         schedule=assembly.schedule,
         source=assembly.source,
-        teacher=teacher_variables(run, assembly),
+        teacher=distributed.values_of_first(teacher_variables(run, assembly)),
         evaluator=make_evaluator(run, stage, assembly.network, assembly.source, devices),
         store=store,
         metrics_path=run.stage_folder(stage) / run_folder.METRICS,
@@ -185,6 +213,13 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
         choice=run.evaluated_choice(stage, assembly.network) if _is_winner(stage) else None,
     )
     return loop.fit(state, stop, meta=meta)
+
+
+def _finish(run: Run, assembly: Assembly, state: TrainState, folder: Path) -> dict[str, Any]:
+    """Writes what people and other programs read; returns the content of ``result.json``."""
+    result = _result(run, assembly, state)
+    _save_for_people(assembly, state, folder)
+    return result
 
 
 def _save_for_people(assembly: Assembly, state: TrainState, folder: Path) -> None:
@@ -285,7 +320,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         stage = run.find(name) if name else run.stages[-1]
     else:
         run_folder.check_owner(run.folder, run.config, run.stages)
-        stage = run.find(name) if name else _last_finished(run)
+        stage = run.find(name or distributed.from_first("last stage", lambda: _last_finished(run).name))
     if stage.kind == "search":
         raise UserError(
             f"--stage={stage.name}: it searches and trains nothing to evaluate; its results are in --mode=report"

@@ -2,7 +2,7 @@
 
 ``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``; a finished stage has
 ``metrics.csv`` and, where its weights are quantized, ``weights.npz`` too. Nothing here deletes anything: what is in the
-way is moved aside to ``<name>.old-<N>``.
+way is moved aside to ``<name>.old-<N>``. Of several processes the first one writes.
 """
 
 import contextlib
@@ -13,17 +13,21 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import bnn_jax
+from bnn_jax import distributed
 from bnn_jax.config import ADDED_LATER, LOCATION_KEYS, flatten
 from bnn_jax.errors import UserError
 from bnn_jax.stages import Stage, differing_keys, to_json
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 MOST_KEYS_SHOWN = 5
+# A file system in a network may show what another host wrote some seconds later.
+SHARED_SECONDS = 30.0
 CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.jsonl", "result.json"
 METRICS_TABLE, WEIGHTS = "metrics.csv", "weights.npz"
 
@@ -77,6 +81,24 @@ def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -
         raise UserError(f"{_describe_differences(path, rows)}; choose another --workdir, or --fresh to move it aside")
     if rows or not path.exists():
         write_json(path, {**_content(config, stages), **provenance()})
+
+
+def check_shared(workdir: Path) -> None:
+    """Checks that a process sees the folder that the first process claimed.
+
+    Raises:
+      UserError: it does not.
+    """
+    written = distributed.from_first("claim", lambda: read_json(workdir / CONFIG))
+    end = time.monotonic() + SHARED_SECONDS
+    while (seen := read_json(workdir / CONFIG)) != written:
+        if time.monotonic() > end:
+            what = "is not there" if seen is None else "is another one"
+            raise UserError(
+                f"--workdir={workdir}: the {CONFIG} that process 0 wrote {what}; the folder must be on a file system "
+                "that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def check_owner(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:

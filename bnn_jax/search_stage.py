@@ -1,7 +1,8 @@
 """The stage that searches: evolution on one fold of the images after another, saved after every generation.
 
 In the stage's folder: ``fold_<nn>.json``, the result of a finished fold, and ``state.json``, the search under way. A
-killed search goes on with the generation that was under way and ends with the same archive.
+killed search goes on with the generation that was under way and ends with the same archive. Of several processes each
+keeps the same archive, from the same accuracies; the first one writes it.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnn_jax import run_folder
+from bnn_jax import distributed, run_folder
 from bnn_jax.assembly import Run, fold_path, folds_of, searched_split
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.data.base import ImageSource
@@ -79,10 +80,10 @@ def search(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     """
     source = run.load_data(stage)
     folder = run.stage_folder(stage)
-    folder.mkdir(exist_ok=True)
+    distributed.from_first("search folder", lambda: folder.mkdir(exist_ok=True))
     folds = folds_of(stage, source)
     settings = _settings(run, stage, source)
-    done = [run_folder.read_json(folder / fold_path(fold)) for fold in range(folds.count)]
+    done = [_read(folder / fold_path(fold)) for fold in range(folds.count)]
     evaluate = None if all(done) else _evaluator(run, stage, source, stop)
     started = time.monotonic()
     generations_done = sum(len(result["history"]) for result in done if result)
@@ -108,7 +109,7 @@ def _settings(run: Run, stage: Stage, source: ImageSource) -> Settings:
 def _start(stage: Stage, settings: Settings, folder: Path, fold: int, before: Mapping[str, Any] | None) -> FoldSearch:
     """The search on a fold, from its saved state or from the beginning."""
     assert stage.search is not None
-    state = run_folder.read_json(folder / STATE)
+    state = _read(folder / STATE)
     if state is not None and state["fold"] == fold:
         generation = state["evolution"]["generation"]
         say(f"stage {stage.name}: fold {fold + 1} goes on after generation {generation}")
@@ -137,7 +138,7 @@ def _evaluator(run: Run, stage: Stage, source: ImageSource, stop: StopRequest) -
         workers=run.config["data"]["workers"],
     )
     variables = devices.replicate(variables)
-    return lambda paths, images: evaluator(variables, paths, images, should_stop=lambda: bool(stop))
+    return lambda paths, images: evaluator(variables, paths, images, should_stop=stop.agreed)
 
 
 def _search_fold(
@@ -165,11 +166,19 @@ def _search_fold(
             known_outside[best] = top1([best], outside)[0]
         row = {"path": list(best), "fold_top1": 100 - error, "full_top1": known_outside[best]}
         under_way.history.append(row)
-        run_folder.write_json(folder / STATE, under_way.state())
+        _write(folder / STATE, under_way.state())
         progress.generation_done(fold, evolution.generation, row)
     result = under_way.result()
-    run_folder.write_json(folder / fold_path(fold), result)
+    _write(folder / fold_path(fold), result)
     return result
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return distributed.from_first(path.name, lambda: run_folder.read_json(path))
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    distributed.from_first(path.name, lambda: run_folder.write_json(path, content))
 
 
 def _result(

@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 LAYERS = {
     "errors": 0,
     "stages": 0,
+    "distributed": 1,
     "restricted_pickle": 1,
     "ops": 1,
     "quantizers": 2,
@@ -38,6 +39,7 @@ LAYERS = {
 ONLY = {
     "errors": set(),
     "stages": set(),
+    "distributed": {"errors"},
     "ops": set(),
     "methods": {"stages", "errors"},
     "search": {"stages", "errors"},
@@ -47,6 +49,7 @@ ONLY = {
 OUTSIDE = {
     "errors": set(),
     "stages": set(),
+    "distributed": {"jax", "numpy"},
     "restricted_pickle": {"numpy"},
     "ops": {"jax"},
     "methods": {"ml_collections"},

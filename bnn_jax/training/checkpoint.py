@@ -30,6 +30,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from bnn_jax import distributed
 from bnn_jax.errors import CheckpointError
 from bnn_jax.training import content_hash
 from bnn_jax.training.state import TrainState
@@ -142,6 +143,10 @@ class CheckpointStore:
     would have to wait for the hashes before it starts, and after a failed save it no longer knows the steps it meant
     to delete.
 
+    Of several processes the first one alone writes: every process holds the whole state. Its background thread never
+    waits for the others, so no barrier overtakes a training step; what is saved, which step is restored, it decides for
+    all (``from_first``), and the folder must be one that all of them see.
+
     A process that is killed leaves the store usable at every moment: step folders appear, are replaced and go by a
     rename. A process that reads while another trains opens the store ``read_only``; two may not write to one store.
     """
@@ -158,11 +163,12 @@ class CheckpointStore:
         """
         self._directory = Path(directory).absolute()
         self._read_only = read_only
+        self._writes = not read_only and distributed.is_first()
         self._damage: dict[int, str] = {}
         self._manager: Any = None
         self._worker: ThreadPoolExecutor | None = None
         self._pending: tuple[int, Future[None]] | None = None
-        if not read_only:
+        if self._writes:
             try:
                 self._clean_up()
             except OSError as error:
@@ -222,6 +228,8 @@ class CheckpointStore:
         if self._read_only:
             raise ValueError(f"{self._directory}: opened read-only")
         metrics = _checked_metrics(metrics)
+        if not self._writes:
+            return
         self.wait()
         items = {name: getattr(state, name) for name in ITEMS if jax.tree.leaves(getattr(state, name))}
         for name, tree in items.items():
@@ -234,9 +242,6 @@ class CheckpointStore:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = (step, self._worker.submit(self._write, header, host))
-        if jax.process_count() > 1:
-            # Orbax's barriers between processes run on the devices, where they must not overtake a training step.
-            self.wait()
 
     def wait(self) -> None:
         """Waits until the save under way, if any, is complete.
@@ -284,7 +289,11 @@ class CheckpointStore:
                 lightweight_initialize=True,
                 # Renamed at once and removed later: a step that is half deleted is never seen as a step.
                 todelete_subdir=_DELETED,
+                multiprocessing_options=_alone(),
+                # Orbax makes no folder for some of several processes alone.
+                create=False,
             )
+            self._directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._manager.reload()
         items = {name: ocp.args.StandardSave(_as_tree(tree)) for name, tree in host.items()}
@@ -304,23 +313,20 @@ class CheckpointStore:
         damaged = [other for other in self._folders() if self._header(other) is None]
         for other in damaged:
             self._damage.pop(other, None)
-        if jax.process_index() == 0:
-            for other in damaged:
-                self._folder(other).rename(_free_name(self._folder(other), "damaged"))
-            if self._folder(step).exists():
-                self._folder(step).rename(self._folder(step).with_name(f"{step}.replaced"))
-        _synchronise("checkpoint_moved_aside")
+        for other in damaged:
+            self._folder(other).rename(_free_name(self._folder(other), "damaged"))
+        if self._folder(step).exists():
+            self._folder(step).rename(self._folder(step).with_name(f"{step}.replaced"))
 
     def _clean_up(self) -> None:
         """Removes what no one needs; gives a step its name back if its replacement was never completed."""
-        if jax.process_index() == 0 and self._directory.is_dir():
+        if self._directory.is_dir():
             for path in sorted(self._directory.iterdir()):
                 replaced = _REPLACED.fullmatch(path.name)
                 if replaced and not (original := path.with_name(replaced[1])).exists():
                     path.rename(original)
                 elif replaced or _TEMPORARY.fullmatch(path.name) or path.name == _DELETED:
                     shutil.rmtree(path)
-        _synchronise("checkpoint_cleaned_up")
 
     def _close_manager(self) -> None:
         if self._manager is not None:
@@ -344,15 +350,19 @@ class CheckpointStore:
         return [step for step in self._folders() if self._header(step) is not None]
 
     def latest_step(self) -> int | None:
-        """The newest of ``steps``; None where nothing was ever saved.
+        """The newest of ``steps`` on the first process; None where nothing was ever saved.
 
         Raises:
           CheckpointError: there are checkpoints and all are damaged, so that nobody takes the stage for a new one.
         """
-        steps = self.steps()
-        if not steps and self._folders():
-            raise self._all_damaged()
-        return max(steps, default=None)
+
+        def decide() -> int | None:
+            steps = self.steps()
+            if not steps and self._folders():
+                raise self._all_damaged()
+            return max(steps, default=None)
+
+        return distributed.from_first("latest step", decide)
 
     def best_step(self) -> int | None:
         """The one of ``steps`` with the highest selection_top1, the earliest of equal ones; None without metrics."""
@@ -454,10 +464,22 @@ class CheckpointStore:
         return self._restore(target, which)
 
     def _restore(self, target: dict[str, Any], which: Which) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Restores the step that the first process found good; there before it is known to the others."""
         self.wait()
+        found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+        def decide() -> int:
+            step, *content = self._restore_here(target, which)
+            found.append((content[0], content[1]))
+            return step
+
+        step = distributed.from_first("restored step", decide)
+        return found[0] if found else self._restore_here(target, step)[1:]
+
+    def _restore_here(self, target: dict[str, Any], which: Which) -> tuple[int, dict[str, Any], dict[str, Any]]:
         for step in self._candidates(which):
             try:
-                return self._restore_step(step, target)
+                return step, *self._restore_step(step, target)
             except _Damage as damage:
                 self._damage[step] = str(damage)
                 if which != "last":
@@ -515,7 +537,7 @@ class CheckpointStore:
         """Reads one item as numpy arrays."""
         ocp = _orbax()
         like = content_hash.host_like(target)
-        with _damage_of(name), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        with _damage_of(name), _reader(ocp) as reader:
             arguments = ocp.args.StandardRestore(_as_tree(like))
             tree = reader.restore(_path(self._folder(step) / name), args=arguments)
         return tree if _as_tree(like) is like else tree["value"]
@@ -665,10 +687,15 @@ def _join_orbax_threads() -> None:
             threading.Thread.join(thread)
 
 
-def _synchronise(name: str) -> None:
-    """Waits for the other processes, if there are any."""
-    if jax.process_count() > 1:
-        _orbax().multihost.sync_global_processes(name)
+def _alone() -> Any:
+    """Options by which Orbax waits for no other process, also where there are some."""
+    index = jax.process_index()
+    return _orbax().options.MultiprocessingOptions(primary_host=index, active_processes={index})
+
+
+def _reader(ocp: Any) -> Any:
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+    return ocp.Checkpointer(handler, multiprocessing_options=_alone())
 
 
 def _path(path: Path) -> Any:

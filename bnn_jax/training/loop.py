@@ -23,7 +23,7 @@ from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.feed import Dispatch, Feed
-from bnn_jax.training.interrupt import StopRequest
+from bnn_jax.training.interrupt import Agreement, StopRequest
 from bnn_jax.training.progress import Progress
 from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
@@ -150,6 +150,7 @@ class StageLoop:
         self.dispatch_length = dispatch_length(self.steps_per_epoch, length)
         self._compiled_lengths: set[int] = set()
         self._last_save = time.monotonic()
+        self._save_due = Agreement()
         self._pending: collections.deque = collections.deque()
 
     def fit(self, state: TrainState, stop: StopRequest, *, meta: dict[str, Any] | None = None) -> TrainState:
@@ -205,7 +206,7 @@ class StageLoop:
         previous = time.monotonic()
         dispatches = self._dispatches(epoch, step - epoch * self.steps_per_epoch)
         for dispatch in dispatches:
-            if stop:
+            if stop.agreed():
                 self._save_and_stop(state, clock, stop, evaluated=True)
             compiled = dispatch.steps not in self._compiled_lengths
             self._compiled_lengths.add(dispatch.steps)
@@ -219,7 +220,8 @@ class StageLoop:
             self._show(progress, step, epoch, clock, sums)
             # The end of an epoch is saved after its evaluation, not here.
             at_end = step == (epoch + 1) * self.steps_per_epoch
-            if not at_end and now - self._last_save > self.options.checkpoint_seconds:
+            due = self._save_due.largest(int(now - self._last_save > self.options.checkpoint_seconds))
+            if due and not at_end:
                 self._collect(sums, ahead=0)
                 self._save(state, clock, evaluated=True, selection=None)
         self._collect(sums, ahead=0)
@@ -264,7 +266,7 @@ class StageLoop:
         """Evaluates, writes the record, closes the epoch and saves."""
         results = {}
         for split in self.evaluator.splits:
-            result = self.evaluator(state.variables, split, should_stop=lambda: bool(stop))
+            result = self.evaluator(state.variables, split, should_stop=stop.agreed)
             if result is None:
                 self._save_and_stop(state, clock, stop, evaluated=False)
             if not np.isfinite(result["loss"]):

@@ -1,4 +1,7 @@
-"""The record of a stage: one JSON line per epoch, appended as it happens and cut back on resume."""
+"""The record of a stage: one JSON line per epoch, appended as it happens and cut back on resume.
+
+Of several processes the first one writes; the others may only read what was written before a decision they shared.
+"""
 
 import csv
 import json
@@ -8,11 +11,14 @@ from typing import Any
 
 import jax
 
+from bnn_jax import distributed
 from bnn_jax.errors import UserError
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """Appends one record and makes sure it is on the disk."""
+    if not distributed.is_first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -49,6 +55,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops the records after ``step``, which are about to be made again, and returns the others."""
+    return distributed.from_first("cut back", lambda: _cut_back(path, step))
+
+
+def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     records = read(path)
     kept = [record for record in records if record["step"] <= step]
     if path.exists():

@@ -1,15 +1,22 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere; of several processes the first one shows it."""
 
 import sys
 import time
 from typing import Any
+
+from bnn_jax import distributed
 
 PLAIN_LOG_SECONDS = 30.0
 
 
 def say(line: str) -> None:
     """Prints a line of the log (stderr: stdout is for results)."""
-    print(line, file=sys.stderr, flush=True)
+    if distributed.is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _has_bar() -> bool:
+    return sys.stderr.isatty() and distributed.is_first()
 
 
 class Progress:
@@ -33,7 +40,7 @@ class Progress:
         self._task: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if _has_bar():
             self._bar, self._task = _make_bar(self.title, self.total_steps, self.start_step)
             self._bar.start()
         return self
@@ -96,7 +103,7 @@ class SearchProgress:
         self._task: Any = None
 
     def __enter__(self) -> "SearchProgress":
-        if sys.stderr.isatty():
+        if _has_bar():
             self._bar, self._task = _make_bar(self.title, self.total, self.done)
             self._bar.start()
         return self
