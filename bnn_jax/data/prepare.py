@@ -3,8 +3,8 @@
     python -m bnn_jax.data.prepare cifar10 --source cifar-10-python.tar.gz --data_dir ~/tensorflow_datasets
     python -m bnn_jax.data.prepare imagenet --source FOLDER --data_dir ~/tensorflow_datasets --workers 16
 
-ImageNet is decoded and resized once, see ``resize_imagenet``: about 340 GB, that --config.data.name='imagenet2012_resized'
-reads. The others become TFDS folders.
+ImageNet is decoded and resized once, see ``resize_imagenet``: about 340 GB, which the data source
+'imagenet2012_resized' reads. The others become TFDS folders.
 
 Checksums are compared where they are known. A source that is not the official one is prepared all the same, with a
 warning, since archives are also repacked and images kept in folders; ``--official_only`` refuses it. Damaged and
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "--side",
         type=int,
         default=DEFAULT_SIDE,
-        help="ImageNet: what the shorter side is resized to, in pixels; 256 is for images of 224 (default: %(default)s)",
+        help="ImageNet: what the shorter side is resized to; 256 is for images of 224 (default: %(default)s)",
     )
     parser.add_argument("--workers", type=int, help="ImageNet: number of processes (default: one for each core)")
     parser.add_argument(

@@ -181,7 +181,9 @@ def _batches(reader: PieceReader, workers: int) -> Iterator[Batch]:
         return
     iterator = iter(_pipeline(reader, workers))
     try:
-        yield from iterator
+        # Not ``yield from``, which would itself close grain's iterator, and wait.
+        for batch in iterator:  # noqa: UP028
+            yield batch
     except DataError as error:
         # Without the frames and notes of the threads and processes it came through.
         raise DataError(str(error)) from None
@@ -222,7 +224,7 @@ def available_cores() -> int:
 
 
 def _parse_no_flags() -> None:
-    """grain asks absl for its own flags, which fails where no program has parsed any: then the defaults hold."""
+    """Where no program has parsed absl's flags, their defaults hold: grain's processes ask for its own flags."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -230,7 +232,7 @@ def _parse_no_flags() -> None:
 
 
 def _close(iterator: Any) -> None:
-    """Ends reading. grain waits for its processes, which only listen once they are up: we wait for a short time only."""
+    """Ends reading, and waits for it, but not long: processes of grain listen only after they have come up."""
     closing = threading.Thread(target=iterator.close, name="close-input", daemon=True)
     closing.start()
     closing.join(timeout=0.5)
