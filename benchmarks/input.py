@@ -54,7 +54,7 @@ class Timing(NamedTuple):
     cpu: float
 
 
-def alone(contents: list[bytes], count: int, size: int, *, decoder: str, training: bool) -> Timing:
+def alone(contents: list[bytes | np.ndarray], count: int, size: int, *, decoder: str, training: bool) -> Timing:
     """A loop over files in memory."""
     bits = [random_bits(*RANDOM_CROPS, purpose=Purpose.CROP, count=crops.NUM_DRAWS, item=n) for n in range(count)]
     started, cpu_started = time.perf_counter(), time.process_time()

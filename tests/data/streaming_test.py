@@ -186,6 +186,16 @@ def test_closing_returns_soon_and_ends_the_processes(stored_split):
     assert _gone(lambda: [child for child in children if child.is_alive()], 20.0)
 
 
+def test_a_process_that_was_killed_is_an_error_of_one_line(stored_split):
+    batches = stored_split.batches(_plan(200, 8), workers=1)
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    with pytest.raises(DataError, match="a process that reads images was ended from outside") as raised:
+        list(batches)
+    assert "\n" not in str(raised.value)
+
+
 def test_an_empty_plan_has_no_batches(split):
     assert list(split.batches(np.zeros((0, 4), np.int32))) == []
 
