@@ -85,8 +85,9 @@ def official_classes() -> tuple[str, ...]:
     """The WordNet numbers of the 1,000 classes in the order of their labels ('n01440764' to 'n15075141')."""
     import tensorflow_datasets as tfds
 
-    path = tfds.builder_cls(NAME).pkg_dir_path / "labels.txt"
-    return tuple(path.read_text().split())
+    folder = tfds.builder_cls(NAME).pkg_dir_path
+    assert folder is not None  # only a builder outside of TFDS has none
+    return tuple((folder / "labels.txt").read_text().split())
 
 
 def load(request: LoadRequest, *, image_size: int) -> LoadedImages:

@@ -3,7 +3,7 @@
     python -m bnn_jax.data.prepare cifar10 --source cifar-10-python.tar.gz --data_dir ~/tensorflow_datasets
     python -m bnn_jax.data.prepare imagenet --source FOLDER --data_dir ~/tensorflow_datasets --workers 16
 
-ImageNet is decoded and resized once, see ``resize_imagenet``: about 340 GB, which the data source
+ImageNet is decoded and resized once, see ``resize_imagenet``: about 360 GB, which the data source
 'imagenet2012_resized' reads. The others become TFDS folders.
 
 Checksums are compared where they are known. A source that is not the official one is prepared all the same, with a
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bnn_jax.data.prepare",
         description="Turns a downloaded data set into the folder that training reads, without TensorFlow.",
         epilog="The CIFAR archives: https://www.cs.toronto.edu/~kriz/cifar.html. Nothing is downloaded. ImageNet takes "
-        "about 340 GB; a command that is interrupted goes on with what is finished when it is given again.",
+        "about 360 GB; a command that is interrupted goes on with what is finished when it is given again.",
     )
     parser.add_argument("name", choices=sorted((*RESIDENT_SETS, IMAGENET)), help="the data set")
     parser.add_argument(

@@ -24,7 +24,7 @@ from bnn_jax.data.base import Purpose, permutation
 from bnn_jax.data.streaming import Records, corrupt_image
 from bnn_jax.errors import DataError
 
-# About 270 MB; what is lost when writing is interrupted is at most a shard of each process.
+# About 280 MB; what is lost when writing is interrupted is at most a shard of each process.
 IMAGES_PER_SHARD = 1024
 # Raw pixels: to compress them would save little and cost reading time.
 WRITER_OPTIONS = "group_size:1,uncompressed"

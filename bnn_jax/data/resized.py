@@ -56,24 +56,21 @@ def decode(record: bytes) -> tuple[np.ndarray, int]:
     return np.frombuffer(record, np.uint8, offset=HEADER.size).reshape(height, width, 3), label
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class FileRange:
-    """All records of a file, in the form that array_record asks for.
+    """Records of a file, in the form that array_record asks for.
 
     Attributes:
       filename: path of the file.
-      take: number of records in it.
+      take: number of records that are used.
+      examples_in_shard: number of records in the file.
       skip: number of records left out at the start.
     """
 
     filename: str
     take: int
+    examples_in_shard: int
     skip: int = 0
-
-    @property
-    def examples_in_shard(self) -> int:
-        """Number of records in the file."""
-        return self.take
 
 
 class ResizedRecords:
@@ -109,7 +106,10 @@ class ResizedRecords:
 
         # With the number of records grain's reader opens a shard when it is first asked for.
         return array_record.ArrayRecordDataSource(
-            [FileRange(str(self.folder / shard["file"]), shard["count"]) for shard in self._entry["shards"]]
+            [
+                FileRange(str(self.folder / shard["file"]), shard["count"], shard["count"])
+                for shard in self._entry["shards"]
+            ]
         )
 
     def read(self, numbers: list[int]) -> list[tuple[bytes | np.ndarray, int]]:

@@ -28,7 +28,9 @@ from bnn_jax.errors import DataError
 PIECE = 16
 BATCHES_AHEAD = 2
 GRACE_SECONDS = 5.0
+WORKER_ENDED = "Worker process was terminated"  # how grain begins its message
 
+# Images uint8 (n, H, W, C) and labels int32 (n,).
 Batch = tuple[np.ndarray, np.ndarray]
 
 
@@ -114,7 +116,7 @@ class StreamedSplit:
 
         Raises:
           ValueError: the plan is no (S, n) array of images of this split.
-          DataError: an image is damaged.
+          DataError: an image is damaged, or a process that reads was killed.
         """
         if indices.ndim != 2 or (indices.size and not 0 <= indices.min() <= indices.max() < len(self)):
             raise ValueError(f"plan of shape {indices.shape} for {len(self)} images: expected (S, n) of their indices")
@@ -187,6 +189,13 @@ def _batches(reader: PieceReader, workers: int) -> Iterator[Batch]:
     except DataError as error:
         # Without the frames and notes of the threads and processes it came through.
         raise DataError(str(error)) from None
+    except RuntimeError as error:
+        if WORKER_ENDED not in str(error):
+            raise
+        raise DataError(
+            f"{reader.records.name}: a process that reads images was ended from outside; if memory was short, fewer "
+            "config.data.workers need less"
+        ) from error
     finally:
         _close(iterator)
 

@@ -226,7 +226,7 @@ def test_training_pictures_of_the_sample_differ_little_between_the_decoders():
         for decoder in ("pillow", "opencv")
     )
     difference = np.abs(pillow - opencv)
-    # Measured with Pillow 13 and OpenCV 5: 0.87 levels of 255 on average, 0.1 % of the values more than 16 levels apart.
+    # Measured with Pillow 13 and OpenCV 5: 0.87 of 255 levels on average; 0.1 % of the values are over 16 levels apart.
     assert difference.mean() < 1.5
     assert (difference > 16).mean() < 0.005
     # The most detailed picture of the sample: 3.1 levels.

@@ -142,6 +142,7 @@ def test_pictures_in_folders_get_the_official_labels_in_a_mixed_order(image_fold
     assert folder.train.labels.tolist() != sorted(folder.train.labels)
 
 
+@pytest.mark.slow
 def test_a_second_program_with_several_processes_writes_the_same_bytes(image_folder, tmp_path):
     # Shards of the usual number of images: another program knows nothing of the smaller ones here.
     command = [sys.executable, "-m", "bnn_jax.data.prepare", "imagenet", "--source", image_folder, "--side", str(SIDE)]

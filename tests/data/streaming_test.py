@@ -130,6 +130,7 @@ def test_the_number_of_threads_changes_nothing(split, monkeypatch, cores):
     np.testing.assert_array_equal(found[1], expected[1])
 
 
+@pytest.mark.slow
 def test_processes_give_what_threads_give(stored_split):
     plan = _plan(3, 20)
     threads = _all(stored_split.batches(plan, random_crops=(0, 4)))
@@ -174,6 +175,7 @@ def test_only_what_is_soon_needed_is_read(split):
     assert 4 <= len(read) <= 4 * (1 + 2 * streaming.BATCHES_AHEAD + streaming.available_cores())
 
 
+@pytest.mark.slow
 def test_closing_returns_soon_and_ends_the_processes(stored_split):
     batches = stored_split.batches(_plan(50, 8), workers=1)
     next(batches)
@@ -184,6 +186,17 @@ def test_closing_returns_soon_and_ends_the_processes(stored_split):
     assert time.monotonic() - started < 1.0
     # Seconds rather than one: the machine that tests may be busy. A process that is not told to stop stays for ever.
     assert _gone(lambda: [child for child in children if child.is_alive()], 20.0)
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_is_an_error_of_one_line(stored_split):
+    batches = stored_split.batches(_plan(200, 8), workers=1)
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    with pytest.raises(DataError, match="a process that reads images was ended from outside") as raised:
+        list(batches)
+    assert "\n" not in str(raised.value)
 
 
 def test_an_empty_plan_has_no_batches(split):
@@ -242,6 +255,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_process_outlives_sigterm_for_a_while_but_not_the_program_it_reads_for(stored_split):
     folder = stored_split.records.reader.folder
     program = subprocess.run(
