@@ -243,7 +243,7 @@ def same_everywhere(name: str, value: Any) -> None:
     value = json.loads(json.dumps(value))
     first = from_first(name, lambda: value)
     if value != first:
-        raise UserError(f"process {_group.index} has another {name} than process 0: {_difference(value, first)}")
+        raise UserError(f"another {name} than that of process 0: {_difference(value, first)}")
 
 
 def _difference(here: Any, first: Any) -> str:
