@@ -71,7 +71,11 @@ class Run:
         """The stage's network, a Linen module."""
         try:
             return networks.build(
-                stage.network, stage.quant, num_classes=num_classes, compute_dtype=stage.compute_dtype
+                stage.network,
+                stage.quant,
+                num_classes=num_classes,
+                compute_dtype=stage.compute_dtype,
+                remat=stage.remat,
             )
         except ValueError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
@@ -254,7 +258,6 @@ def assemble(run: Run, stage: Stage, source: ImageSource) -> Assembly:
         projections=tuple(projections.build(projection) for projection in stage.projections),
         choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,
         accumulation_steps=stage.optim.accumulation_steps,
-        remat=stage.remat,
     )
     return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
 

@@ -178,7 +178,8 @@ class Stage:
       search: what a stage of kind 'search' does, with the folds of its images.
       realised_base: whether the weights in use at the end of ``init_from`` become the fixed weights
         ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
-      remat: whether the backward pass computes all but the results of convolutions a second time, for less memory.
+      remat: whether the backward pass computes the inside of every block a second time instead of keeping it, which
+        needs less memory.
       log_train_top5: whether top-5 accuracy is recorded in training too.
     """
 

@@ -11,10 +11,10 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = common.base()
     config.name = "asbq_resnet20"
     config.asbq = common.asbq()
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.asbq.epochs = (1,)
     return common.variant(config, argument, image_size=32, num_classes=10)

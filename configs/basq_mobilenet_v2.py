@@ -3,7 +3,7 @@
 Published (mean over ten winners, each on its own 45,000 validation images): 2 bit 64.71, 4 bit 71.98; full precision
 71.88. Before fine-tuning the 2-bit winners have 59.55. Released is the 2-bit code; other bits: `--config.basq.bits=`.
 Run: python launch.py --config=configs/basq_mobilenet_v2.py --config.basq.teacher=file:resnet50-0676ba61.pth
-(the ImageNet input comes later; `--mode=summary` and `:smoke`, on generated images with a teacher of its own, run)
+    --config.data.data_dir=DIR     (ImageNet in TFDS's format; `:smoke` and `:smoke_real` train a teacher of their own)
 Length: two phases of 280 epochs of 1,669 steps, 9,450 evaluations of 5,000 images, ten times 3 epochs.
 """
 
@@ -11,12 +11,12 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = common.base()
     config.name = "basq_mobilenet_v2"
     config.method = "basq"
     config.network = "basq_mobilenet_v2"
-    config.data.name = "imagenet2012"
+    common.imagenet(config)
     config.train.batch_size = 768
     config.basq = common.basq()
     config.basq.schedule_steps = 466_000  # the release trains a little longer

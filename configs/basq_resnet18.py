@@ -3,7 +3,7 @@
 Published (mean over ten winners): 2 bit 68.60, 3 bit 71.40, 4 bit 72.56. The authors released MobileNet-v2 only:
 this network, and that the recipe is MobileNet-v2's, are by analogy (bnn_jax/networks/searched.py).
 Run: python launch.py --config=configs/basq_resnet18.py --config.basq.teacher=file:resnet50-0676ba61.pth
-(the ImageNet input comes later; `--mode=summary` and `:smoke`, on generated images with a teacher of its own, run)
+    --config.data.data_dir=DIR     (ImageNet in TFDS's format; `:smoke` and `:smoke_real` train a teacher of their own)
 Length: as basq_mobilenet_v2.
 """
 
@@ -11,7 +11,7 @@ from configs import basq_mobilenet_v2, common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = basq_mobilenet_v2.get_config()
     config.name = "basq_resnet18"
     config.network = "basq_resnet18"

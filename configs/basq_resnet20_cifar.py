@@ -11,7 +11,7 @@ from configs import basq_mobilenet_v2_cifar, common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = basq_mobilenet_v2_cifar.get_config()
     config.name = "basq_resnet20_cifar"
     config.network = "basq_resnet20_cifar"

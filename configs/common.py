@@ -39,7 +39,7 @@ def base() -> ml_collections.ConfigDict:
     config.train.drop_last_batch = False  # whether the partial batch at the end of an epoch is left out
     config.train.compute_dtype = "float32"  # 'bfloat16': convolutions of integer codes run in bfloat16, exactly
     config.train.accumulation_steps = 1  # parts of a batch passed through the network in turn, where it does not fit
-    config.train.remat = False  # whether the backward pass computes all but convolutions again, to need less memory
+    config.train.remat = False  # whether blocks are computed again in the backward pass, to need less memory
     config.train.steps_per_dispatch = 0  # optimiser steps per call of the compiled program; 0: chosen by the device
     config.train.checkpoint_seconds = 300.0  # seconds between checkpoints inside an epoch
     return config
@@ -174,12 +174,33 @@ def basq() -> ml_collections.ConfigDict:
     return section
 
 
+SMOKE = ("smoke", "smoke_real")
+
+
+def imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """ImageNet as the published programs see it: random resized crops of 224 pixels, the centre of 256 in evaluation."""
+    config.data.name = (
+        "imagenet2012"  # 'imagenet2012_resized' reads what `python -m bnn_jax.data.prepare imagenet` wrote
+    )
+    config.data.augment = "random_resized_crop_flip"
+    return config
+
+
 def smoke(config: ml_collections.ConfigDict, *, image_size: int, num_classes: int) -> ml_collections.ConfigDict:
     """Two steps per epoch on generated images of the real size: shows that a config runs, needs no data set."""
-    config.name = f"{config.name}_smoke"
+    smoke_real(config)
+    config.name = config.name.removesuffix("_real")
     config.data.name = "synthetic"
     config.data.image_size = image_size
     config.data.num_classes = num_classes
+    if config.data.augment == "random_resized_crop_flip":
+        config.data.augment = "pad_crop_flip"  # generated images lie in memory
+    return config
+
+
+def smoke_real(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Two steps per epoch on the first images of the config's own data set."""
+    config.name = f"{config.name}_smoke_real"
     config.data.num_train = 16
     config.data.num_eval = 8
     config.train.batch_size = 8
@@ -188,13 +209,15 @@ def smoke(config: ml_collections.ConfigDict, *, image_size: int, num_classes: in
 
 
 def variant(config: ml_collections.ConfigDict, argument: str, **smoke_options: int) -> ml_collections.ConfigDict:
-    """The config for what stands behind the colon of ``--config=FILE:ARGUMENT``: nothing, or 'smoke'.
+    """The config for what stands behind the colon of ``--config=FILE:ARGUMENT``: nothing, or one of ``SMOKE``.
 
     Raises:
       ValueError: another argument.
     """
-    if argument not in ("", "smoke"):
-        raise ValueError(f"--config=...:{argument}: accepted behind the colon is 'smoke'")
+    if argument not in ("", *SMOKE):
+        raise ValueError(f"--config=...:{argument}: accepted behind the colon is 'smoke' or 'smoke_real'")
+    if argument == "smoke_real":
+        return smoke_real(config)
     return smoke(config, **smoke_options) if argument == "smoke" else config
 
 
@@ -205,7 +228,7 @@ def snn_variant(config: ml_collections.ConfigDict, argument: str, **smoke_option
       ValueError: another argument.
     """
     config = variant(config, argument, **smoke_options)
-    if argument == "smoke":
+    if argument in SMOKE:
         config.snn.teacher = "stage"
         config.snn.teacher_epochs = 1
         config.snn.epochs = (2,)  # the learning rate of the last epoch is 0
@@ -220,7 +243,7 @@ def basq_variant(config: ml_collections.ConfigDict, argument: str, **smoke_optio
       ValueError: another argument.
     """
     config = variant(config, argument, **smoke_options)
-    if argument == "smoke":
+    if argument in SMOKE:
         # Where the search looks at images held out, 4 of 20 are: two batches of 8 are left.
         config.data.num_train = 20 if config.data.validation_fraction else 16
         config.data.validation_fraction = 0.2 if config.data.validation_fraction else 0.0

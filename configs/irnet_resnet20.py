@@ -9,11 +9,11 @@ from configs import common, skd_resnet20
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = skd_resnet20.get_config()
     config.name = "irnet_resnet20"
     config.skd.distill = False
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.skd.epochs = (2,)
         config.skd.warmup_epochs = (1,)
     return common.variant(config, argument, image_size=32, num_classes=10)

@@ -8,7 +8,7 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = common.base()
     config.name = "quickstart"
     config.network = "resnet8"
@@ -21,6 +21,6 @@ def get_config(argument: str = ""):
     config.asbq.learning_rates = (0.1, 0.05, 0.05, 0.02, 0.02)
     config.asbq.learning_rate_boundaries = (4.0, 5.0)
     config.asbq.learning_rate_factors = (1.0, 0.1, 0.01)
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.asbq.epochs = (1,)
     return common.variant(config, argument, image_size=16, num_classes=10)

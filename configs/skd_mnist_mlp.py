@@ -9,7 +9,7 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = common.base()
     config.name = "skd_mnist_mlp"
     config.method = "skd"
@@ -26,7 +26,7 @@ def get_config(argument: str = ""):
     config.skd.warmup_epochs = (0,)
     config.skd.final_learning_rate = 1e-5
     config.skd.optimizer = "adam"
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.skd.epochs = (2,)
         config.skd.hidden = 64
     return common.variant(config, argument, image_size=28, num_classes=10)

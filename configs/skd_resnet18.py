@@ -9,7 +9,7 @@ from configs import common, skd_resnet20
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = skd_resnet20.get_config()
     config.name = "skd_resnet18"
     config.network = "hardtanh_resnet18_cifar"
@@ -17,7 +17,7 @@ def get_config(argument: str = ""):
     config.skd.epochs = (800,)
     config.skd.learning_rates = (0.3,)
     config.skd.warmup_epochs = (16,)
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.skd.epochs = (2,)
         config.skd.warmup_epochs = (1,)
     return common.variant(config, argument, image_size=32, num_classes=10)

@@ -9,7 +9,7 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = common.base()
     config.name = "skd_resnet20"
     config.method = "skd"
@@ -18,7 +18,7 @@ def get_config(argument: str = ""):
     config.train.nesterov = False
     config.train.drop_last_batch = True
     config.skd = common.skd()
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.skd.epochs = (2,)
         config.skd.warmup_epochs = (1,)
     return common.variant(config, argument, image_size=32, num_classes=10)

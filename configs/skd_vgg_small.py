@@ -9,13 +9,13 @@ from configs import common, skd_resnet20
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = skd_resnet20.get_config()
     config.name = "skd_vgg_small"
     config.network = "hardtanh_vgg_small"
     config.skd.epochs = (600,)
     config.skd.learning_rates = (0.05,)
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.skd.epochs = (2,)
         config.skd.warmup_epochs = (1,)
     return common.variant(config, argument, image_size=32, num_classes=10)

@@ -7,7 +7,7 @@ Published (code yikaiw/SNN, best epoch on the validation images; stored Mbit and
   tau 4  60.7   4.882  0.297
 The released command uses four GPUs and so never refines its codebooks: `--config.snn.preset=release_4gpu`.
 Run: python launch.py --config=configs/snn_resnet18.py --config.snn.tau=5 --config.snn.teacher=file:resnet34.pth
-(the ImageNet input comes later; `--mode=summary` and `:smoke`, on generated images with a teacher of its own, run)
+    --config.data.data_dir=DIR     (ImageNet in TFDS's format; `:smoke` and `:smoke_real` train a teacher of their own)
 Length: 256 + 256 epochs of 2,503 steps.
 """
 
@@ -15,12 +15,12 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = common.base()
     config.name = "snn_resnet18"
     config.method = "snn"
     config.network = "reactnet18"
-    config.data.name = "imagenet2012"
+    common.imagenet(config)
     config.data.lighting = "release"
     config.train.batch_size = 512
     config.snn = common.snn()

@@ -9,7 +9,7 @@ from configs import common, snn_resnet20
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = snn_resnet20.get_config()
     config.name = "snn_skd_resnet20"
     config.extra_objectives = ("feature_swap", "label_bank", "cluster")

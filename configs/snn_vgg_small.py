@@ -11,7 +11,7 @@ from configs import common, snn_resnet20
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = snn_resnet20.get_config()
     config.name = "snn_vgg_small"
     config.network = "hardtanh_vgg_small"

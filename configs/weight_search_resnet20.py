@@ -10,13 +10,13 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = common.base()
     config.name = "weight_search_resnet20"
     config.method = "weight_search"
     config.network = "standard_resnet20"
     config.train.nesterov = False
     config.weight_search = common.weight_search()
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.weight_search.epochs = (2,)
     return common.variant(config, argument, image_size=32, num_classes=10)

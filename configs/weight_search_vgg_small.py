@@ -9,13 +9,13 @@ from configs import common, weight_search_resnet20
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = weight_search_resnet20.get_config()
     config.name = "weight_search_vgg_small"
     config.network = "standard_vgg_small"
     config.train.batch_size = 100
     config.train.weight_decay = 5e-4
     config.weight_search.learning_rate = 0.02
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.weight_search.epochs = (2,)
     return common.variant(config, argument, image_size=32, num_classes=10)

@@ -10,12 +10,12 @@ from configs import common, weight_search_resnet20
 
 
 def get_config(argument: str = ""):
-    """The config; ``argument`` may be 'smoke'."""
+    """The config; ``argument`` may be 'smoke' or 'smoke_real'."""
     config = weight_search_resnet20.get_config()
     config.name = "weight_search_w1a1_resnet20"
     config.network = "hardtanh_resnet20"
     config.weight_search.values = "1b"
     config.weight_search.activations = "irnet"
-    if argument == "smoke":
+    if argument in common.SMOKE:
         config.weight_search.epochs = (2,)
     return common.variant(config, argument, image_size=32, num_classes=10)

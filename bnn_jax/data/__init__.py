@@ -1,7 +1,9 @@
-"""Data sources: a table of loaders, and one function that turns a ``DataSpec`` into images in memory.
+"""Data sources: a table of loaders, and one function that turns a ``DataSpec`` into images.
 
 Reading order: ``base`` (what a source is, order of images), ``tfds_source``, ``digits``, ``synthetic`` (where images
-come from), ``augment`` (what happens to them inside the training step), ``prepare`` (from downloads to a TFDS folder).
+that lie in memory come from), ``streaming``, ``crops``, ``imagenet``, ``resized`` (images that are read while
+training), ``augment`` (what happens to all of them inside the training step), ``prepare`` (from downloads to a TFDS
+folder, and from ImageNet's files to resized pixels).
 """
 
 import dataclasses
@@ -9,20 +11,22 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnn_jax.data import digits, synthetic, tfds_source
+from bnn_jax.data import digits, imagenet, synthetic, tfds_source
 from bnn_jax.data.base import (
     AUGMENTATIONS,
+    DECODERS,
     LIGHTINGS,
+    ImageSource,
     LoadedImages,
     LoadRequest,
     Purpose,
-    ImageSource,
     Split,
     fingerprint,
     index_plan,
     sequential_plan,
     stratified_choice,
 )
+from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
 
@@ -31,6 +35,7 @@ __all__ = [
     "ImageSource",
     "SourceEntry",
     "Split",
+    "StreamedSplit",
     "build",
     "class_names",
     "describe",
@@ -59,15 +64,14 @@ def _tfds_entry(name: str) -> SourceEntry:
     return SourceEntry(functools.partial(tfds_source.load, name), (known.image_shape, known.num_classes))
 
 
-def _no_imagenet(request: LoadRequest) -> LoadedImages:
-    raise DataError(
-        "config.data.name='imagenet2012': this version reads no ImageNet; --config=...:smoke runs on generated images"
-    )
-
+_IMAGENET = ((224, 224, 3), 1000)
+# What may happen to training images that are read while training, where they are cropped already.
+STREAMED_AUGMENTATIONS = ("random_resized_crop_flip", "none")
 
 SOURCES: dict[str, SourceEntry] = {
-    **{name: _tfds_entry(name) for name in tfds_source.TFDS_SETS},
-    "imagenet2012": SourceEntry(_no_imagenet, ((224, 224, 3), 1000)),
+    **{name: _tfds_entry(name) for name in tfds_source.RESIDENT_SETS},
+    imagenet.NAME: SourceEntry(imagenet.load, _IMAGENET, {"image_size": 224}),
+    imagenet.RESIZED_NAME: SourceEntry(imagenet.load_resized, _IMAGENET, {"image_size": 224, "side": 256}),
     "digits": SourceEntry(digits.load, options={"image_size": 16, "seed": 0}),
     "synthetic": SourceEntry(
         synthetic.load, options={"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}
@@ -95,7 +99,11 @@ def class_names(spec: DataSpec, *, data_dir: str | None) -> tuple[str, ...]:
       DataError: an unknown name or option.
     """
     _, num_classes = describe(spec)
-    known = tfds_source.class_names(spec.name, data_dir) if spec.name in tfds_source.TFDS_SETS else None
+    known = None
+    if spec.name in tfds_source.TFDS_SETS:
+        known = tfds_source.class_names(spec.name, data_dir)
+    elif spec.name == imagenet.RESIZED_NAME:
+        known = imagenet.official_classes()
     return known or tuple(str(label) for label in range(num_classes))
 
 
@@ -106,7 +114,7 @@ def _entry(spec: DataSpec) -> SourceEntry:
 
 
 def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool = False) -> ImageSource:
-    """Loads the images of a ``DataSpec`` into memory.
+    """The images of a ``DataSpec``: loaded into memory, or ready to be read while training.
 
     Args:
       spec: which images; ``num_train`` counts training and held-out images together.
@@ -117,26 +125,17 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
     Raises:
       DataError: an unknown name or option, a number out of range, or images that are not prepared or are damaged.
     """
-    entry = SOURCES.get(spec.name)
-    if entry is None:
-        raise DataError(f"config.data.name={spec.name!r}: accepted are {', '.join(SOURCES)}")
-    if spec.augment not in AUGMENTATIONS:
-        raise DataError(f"config.data.augment={spec.augment!r}: accepted are {', '.join(AUGMENTATIONS)}")
-    if spec.lighting not in LIGHTINGS:
-        raise DataError(f"config.data.lighting={spec.lighting!r}: accepted are {', '.join(LIGHTINGS)}")
-    if not 0 <= spec.validation_fraction < 1:
-        raise DataError(
-            f"config.data.validation_fraction={spec.validation_fraction}: accepted is 0 or more and less than 1"
-        )
+    _check_values(spec)
+    entry = SOURCES[spec.name]
     options = _merge_options(spec, entry.options)
-    loaded = entry.load(LoadRequest(spec.num_train, spec.num_eval, data_dir, progress), **options)
+    request = LoadRequest(spec.num_train, spec.num_eval, data_dir, progress, spec.decoder)
+    loaded = entry.load(request, **options)
+    _check_augmentation(spec, loaded.train)
     train, validation = _hold_out(loaded.train, fraction=spec.validation_fraction, seed=seed)
-    if spec.lighting != "none" and train.images.shape[3] != 3:
-        raise DataError(f"config.data.lighting={spec.lighting!r}: accepted with images of one channel is 'none'")
     return ImageSource(
         name=spec.name,
         num_classes=loaded.num_classes,
-        image_shape=tuple(train.images.shape[1:]),
+        image_shape=train.image_shape,
         train=train,
         test=loaded.test,
         validation=validation,
@@ -144,9 +143,38 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
         std=loaded.std if spec.normalize else (1.0,) * len(loaded.std),
         augment=spec.augment,
         # An eighth of the side: the usual 4 pixels at 32x32, in proportion at other sizes.
-        pad=train.images.shape[1] // 8,
+        pad=train.image_shape[0] // 8,
         fingerprint=fingerprint(train, loaded.test, validation),
     )
+
+
+def _check_values(spec: DataSpec) -> None:
+    for key, value, accepted in (
+        ("name", spec.name, SOURCES),
+        ("augment", spec.augment, AUGMENTATIONS),
+        ("lighting", spec.lighting, LIGHTINGS),
+        ("decoder", spec.decoder, DECODERS),
+    ):
+        if value not in accepted:
+            raise DataError(f"config.data.{key}={value!r}: accepted are {', '.join(accepted)}")
+    if not 0 <= spec.validation_fraction < 1:
+        raise DataError(
+            f"config.data.validation_fraction={spec.validation_fraction}: accepted is 0 or more and less than 1"
+        )
+
+
+def _check_augmentation(spec: DataSpec, train: Split | StreamedSplit) -> None:
+    """Raises a DataError if the images cannot be changed in the way that is asked for."""
+    if isinstance(train, StreamedSplit):
+        accepted = STREAMED_AUGMENTATIONS
+    else:
+        accepted = tuple(name for name in AUGMENTATIONS if name != "random_resized_crop_flip")
+        if spec.decoder != "pillow":
+            raise DataError(f"config.data.decoder={spec.decoder!r}: {spec.name} is decoded once, by 'pillow'")
+    if spec.augment not in accepted:
+        raise DataError(f"config.data.augment={spec.augment!r}: accepted with {spec.name} are {', '.join(accepted)}")
+    if spec.lighting != "none" and train.image_shape[2] != 3:
+        raise DataError(f"config.data.lighting={spec.lighting!r}: accepted with images of one channel is 'none'")
 
 
 def _merge_options(spec: DataSpec, defaults: Mapping[str, int]) -> dict[str, Any]:
@@ -161,7 +189,9 @@ def _merge_options(spec: DataSpec, defaults: Mapping[str, int]) -> dict[str, Any
     return options
 
 
-def _hold_out(train: Split, *, fraction: float, seed: int) -> tuple[Split, Split | None]:
+def _hold_out(
+    train: Split | StreamedSplit, *, fraction: float, seed: int
+) -> tuple[Split | StreamedSplit, Split | StreamedSplit | None]:
     """Training images without, and with only, the held-out ones; both keep the stored order."""
     if fraction == 0:
         return train, None

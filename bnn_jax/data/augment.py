@@ -1,7 +1,8 @@
 """Augmentation and normalisation on the device: pure functions of uint8 images and a key, used inside jit.
 
 The order is that of the published recipes: zero padding of the raw pixels, random crop, change of light, horizontal
-flip, then normalisation (a padded pixel therefore becomes ``-mean / std``, not 0).
+flip, then normalisation (a padded pixel therefore becomes ``-mean / std``, not 0). Images that are read while training
+come cropped and resized already, see ``crops``.
 """
 
 import jax
@@ -35,7 +36,8 @@ def prepare_train(
       key: random key of this step; every image gets its own offsets and flip.
       mean: mean of pixels / 255, per channel.
       std: standard deviation of pixels / 255, per channel.
-      augment: 'pad_crop_flip', 'pad_crop', 'edge_crop_flip' (padding repeats the border) or 'none'.
+      augment: 'pad_crop_flip', 'pad_crop', 'edge_crop_flip' (padding repeats the border), 'random_resized_crop_flip'
+        (the images are cropped already: they are only flipped) or 'none'.
       pad: zero padding in pixels per side.
       lighting: 'none', 'release' or 'paper', see ``change_light``.
 
@@ -49,7 +51,10 @@ def prepare_train(
         raise ValueError(f"lighting {lighting!r}: accepted are {', '.join(LIGHTINGS)}")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"augment {augment!r}: accepted are {', '.join(AUGMENTATIONS)}")
-    if augment != "none":
+    if augment == "random_resized_crop_flip":
+        _, flips = draw_crops(key, images.shape[0], pad=0, flip=True)
+        images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    elif augment != "none":
         offsets, flips = draw_crops(key, images.shape[0], pad=pad, flip=augment.endswith("_flip"))
         images = crop_and_flip(images, offsets, flips, pad=pad, repeat_edge=augment == "edge_crop_flip")
     if lighting != "none":

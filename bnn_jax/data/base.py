@@ -1,4 +1,4 @@
-"""Images that lie in memory, and the order in which they are visited.
+"""Images that lie in memory, what every source of images has, and the order in which images are visited.
 
 Every random choice here is made from the raw 64-bit stream of NumPy's Philox bit generator and a stable sort. NumPy
 guarantees that stream for a fixed key in all versions (it does not guarantee ``Generator.permutation``), so the same
@@ -8,10 +8,14 @@ seed gives the same order, split and generated images everywhere.
 import dataclasses
 import enum
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnn_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from bnn_jax.data.streaming import StreamedSplit
 
 AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", "random_resized_crop_flip", "none")
 DECODERS = ("pillow", "opencv")
@@ -33,14 +37,26 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
     def take(self, indices: np.ndarray) -> "Split":
         """The images at ``indices``, integers or a mask (N,), in that order."""
         return Split(self.images[indices], self.labels[indices])
 
+    def update_digest(self, digest: "hashlib._Hash") -> None:
+        """Adds images and labels, in their order, to a digest."""
+        digest.update(f"{self.images.shape} {self.images.dtype} {self.labels.dtype};".encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSource:
-    """A whole data set in memory, with everything that training on it needs to know.
+    """A whole data set, in memory or read while training, with everything that training on it needs to know.
 
     Attributes:
       name: key in the table of sources.
@@ -53,20 +69,26 @@ class ImageSource:
       std: standard deviation of pixels / 255, per channel.
       augment: one of ``AUGMENTATIONS``.
       pad: zero padding before the random crop, in pixels per side.
-      fingerprint: SHA-256 of the images and labels of all splits, in their order.
+      fingerprint: SHA-256 of the images and labels of all splits, in their order; of images that are read while
+        training, of the description of their files and of which of them are used.
     """
 
     name: str
     num_classes: int
     image_shape: tuple[int, int, int]
-    train: Split
-    test: Split
-    validation: Split | None
+    train: "Split | StreamedSplit"
+    test: "Split | StreamedSplit"
+    validation: "Split | StreamedSplit | None"
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str
     pad: int
     fingerprint: str
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images are read while training."""
+        return not isinstance(self.train, Split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +100,14 @@ class LoadRequest:
       num_eval: number of test images, the first ones in the stored order; None takes all.
       data_dir: folder of prepared data sets; None is TFDS's default. Sources that need no files ignore it.
       progress: whether a progress bar is shown on stderr where loading takes time.
+      decoder: what decodes training images that are read while training, one of ``DECODERS``.
     """
 
     num_train: int | None = None
     num_eval: int | None = None
     data_dir: str | None = None
     progress: bool = False
+    decoder: str = "pillow"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,8 +122,8 @@ class LoadedImages:
       std: standard deviation of pixels / 255, per channel.
     """
 
-    train: Split
-    test: Split
+    train: "Split | StreamedSplit"
+    test: "Split | StreamedSplit"
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -113,9 +137,11 @@ class Purpose(enum.IntEnum):
     TEST_SPLIT = 2
     PATTERN = 3
     NOISE = 4
+    CROP = 5
+    STORED_ORDER = 6
 
 
-def random_bits(seed: int, stream: int, *, purpose: Purpose, count: int) -> np.ndarray:
+def random_bits(seed: int, stream: int, *, purpose: Purpose, count: int, item: int = 0) -> np.ndarray:
     """Random 64-bit integers: a pure function of its arguments, the same in every version of NumPy.
 
     Args:
@@ -123,18 +149,20 @@ def random_bits(seed: int, stream: int, *, purpose: Purpose, count: int) -> np.n
       stream: in [0, 2^64), such as the epoch.
       purpose: what the bits are for.
       count: number of integers.
+      item: in [0, 2^64), such as an image; each has bits of its own.
 
     Returns:
       uint64 (count,).
 
     Raises:
-      ValueError: the seed or the stream is out of range.
+      ValueError: the seed, the stream or the item is out of range.
     """
-    if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
-        raise ValueError(f"seed {seed} and stream {stream} must be in [0, 2^64)")
-    # The purpose is the highest word of the counter: streams of different purposes are 2^192 blocks apart.
+    if not (0 <= seed < 2**64 and 0 <= stream < 2**64 and 0 <= item < 2**64):
+        raise ValueError(f"seed {seed}, stream {stream} and item {item} must be in [0, 2^64)")
+    # The purpose is the highest word of the counter: streams of different purposes are 2^192 blocks apart, those of
+    # different items 2^128.
     key = np.array([seed, stream], np.uint64)
-    return np.random.Philox(key=key, counter=int(purpose) << 192).random_raw(count)
+    return np.random.Philox(key=key, counter=(int(purpose) << 192) + (item << 128)).random_raw(count)
 
 
 def permutation(seed: int, stream: int, *, purpose: Purpose, size: int) -> np.ndarray:
@@ -232,13 +260,11 @@ def limit(name: str, key: str, *, asked: int | None, available: int) -> int:
     return asked
 
 
-def fingerprint(*splits: Split | None) -> str:
-    """SHA-256 of images and labels of the splits, in their order; shapes are part of it, names are not."""
+def fingerprint(*splits: "Split | StreamedSplit | None") -> str:
+    """SHA-256 of what the splits hold, in their order; shapes are part of it, names of splits are not."""
     digest = hashlib.sha256()
     for position, split in enumerate(splits):
-        if split is None:
-            continue
-        digest.update(f"{position} {split.images.shape} {split.images.dtype} {split.labels.dtype};".encode())
-        digest.update(np.ascontiguousarray(split.images).data)
-        digest.update(np.ascontiguousarray(split.labels).data)
+        if split is not None:
+            digest.update(f"{position} ".encode())
+            split.update_digest(digest)
     return digest.hexdigest()

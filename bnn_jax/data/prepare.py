@@ -1,6 +1,10 @@
-"""Turns a downloaded data set into the TFDS folder that training reads. TensorFlow is not needed.
+"""Turns a downloaded data set into the folder that training reads. TensorFlow is not needed.
 
     python -m bnn_jax.data.prepare cifar10 --source cifar-10-python.tar.gz --data_dir ~/tensorflow_datasets
+    python -m bnn_jax.data.prepare imagenet --source FOLDER --data_dir ~/tensorflow_datasets --workers 16
+
+ImageNet is decoded and resized once, see ``resize_imagenet``: about 340 GB, which the data source
+'imagenet2012_resized' reads. The others become TFDS folders.
 
 Checksums are compared where they are known. A source that is not the official one is prepared all the same, with a
 warning, since archives are also repacked and images kept in folders; ``--official_only`` refuses it. Damaged and
@@ -13,8 +17,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bnn_jax.data import downloads, tfds_writer
-from bnn_jax.data.tfds_source import TFDS_SETS, default_data_dir, progress_bar
+from bnn_jax.data import downloads, resize_imagenet, resized, tfds_writer
+from bnn_jax.data.streaming import available_cores
+from bnn_jax.data.tfds_source import RESIDENT_SETS, default_data_dir, progress_bar
 from bnn_jax.errors import DataError, UserError
 
 
@@ -50,20 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data_dir = pathlib.Path(options.data_dir).expanduser().absolute()
     source = pathlib.Path(options.source).expanduser()
     try:
-        folder, download = prepare(
-            options.name, source, data_dir, official_only=options.official_only, progress=sys.stderr.isatty()
-        )
+        return (_prepare_imagenet if options.name == IMAGENET else _prepare_resident)(options, source, data_dir)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was prepared", file=sys.stderr)
+        goes_on = (
+            "the same command goes on with what is finished" if options.name == IMAGENET else "nothing was prepared"
+        )
+        print(f"interrupted: {goes_on}", file=sys.stderr)
         return 130
+
+
+def _prepare_imagenet(options: argparse.Namespace, source: pathlib.Path, data_dir: pathlib.Path) -> int:
+    if options.official_only:
+        raise DataError("--official_only: no checksum of ImageNet is known; leave it out")
+    workers = available_cores() if options.workers is None else options.workers
+    if workers < 1:
+        raise DataError(f"--workers {workers}: accepted is 1 or more")
+    with progress_bar(sys.stderr.isatty()) as bar:
+        folder, counts = resize_imagenet.prepare(source, data_dir, side=options.side, workers=workers, bar=bar)
+    flags = f"--config.data.name={resized.NAME} --config.data.data_dir={data_dir}"
+    if options.side != DEFAULT_SIDE:
+        flags += f" --config.data.side={options.side}"
+    images = f"{counts['train']} training and {counts['validation']} validation images"
+    print(f"imagenet: {images} in {folder}; train on them with {flags}")
+    return 0
+
+
+def _prepare_resident(options: argparse.Namespace, source: pathlib.Path, data_dir: pathlib.Path) -> int:
+    if (options.workers, options.side) != (None, DEFAULT_SIDE):
+        raise DataError(f"--workers and --side: accepted with {IMAGENET} only")
+    folder, download = prepare(
+        options.name, source, data_dir, official_only=options.official_only, progress=sys.stderr.isatty()
+    )
     for line in download.unofficial:
         print(f"warning: {line}", file=sys.stderr)
     counts = f"{len(download.train.images)} training and {len(download.test.images)} test images"
     print(f"{options.name}: {counts} in {folder}; train on them with --config.data.data_dir={data_dir}")
     return 0
+
+
+IMAGENET = "imagenet"
+DEFAULT_SIDE = 256
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,22 +110,31 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m bnn_jax.data.prepare",
-        description="Turns a downloaded data set into the TFDS folder that training reads, without TensorFlow.",
-        epilog="The CIFAR archives: https://www.cs.toronto.edu/~kriz/cifar.html. Nothing is downloaded.",
+        description="Turns a downloaded data set into the folder that training reads, without TensorFlow.",
+        epilog="The CIFAR archives: https://www.cs.toronto.edu/~kriz/cifar.html. Nothing is downloaded. ImageNet takes "
+        "about 340 GB; a command that is interrupted goes on with what is finished when it is given again.",
     )
-    parser.add_argument("name", choices=sorted(TFDS_SETS), help="the data set")
+    parser.add_argument("name", choices=sorted((*RESIDENT_SETS, IMAGENET)), help="the data set")
     parser.add_argument(
         "--source",
         required=True,
         help="CIFAR: the official archive (cifar-10-python.tar.gz, cifar-10-binary.tar.gz, cifar-100-...) or the "
         "folder of its files; MNIST: the folder of its four files; or a folder of images, train/<class>/*.png and "
-        "test/<class>/*.png",
+        "test/<class>/*.png; ImageNet: a folder of prepared data sets with imagenet2012 (TFDS, array_record), or the "
+        "folder of train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
     )
     parser.add_argument(
         "--data_dir",
         default=default_data_dir(),
         help="folder of prepared data sets, where <name>/<version>/ is made (default: %(default)s)",
     )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=DEFAULT_SIDE,
+        help="ImageNet: what the shorter side is resized to; 256 is for images of 224 (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, help="ImageNet: number of processes (default: one for each core)")
     parser.add_argument(
         "--official_only", action="store_true", help="refuse a source whose checksum is not that of the official files"
     )

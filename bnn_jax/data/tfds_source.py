@@ -1,7 +1,8 @@
-"""CIFAR-10, CIFAR-100 and MNIST from a prepared TFDS folder, without TensorFlow and without any download.
+"""CIFAR-10, CIFAR-100, MNIST and ImageNet from a prepared TFDS folder, without TensorFlow and without any download.
 
-Records are read through ``tfds.data_source`` as stored bytes and decoded once by Pillow, so the pixels do not depend on
-which decoder TFDS happens to find. What is read is checked against the data set's own description.
+Records are read through ``tfds.data_source`` as stored bytes and decoded by us, so the pixels do not depend on which
+decoder TFDS happens to find. What is read is checked against the data set's own description. ``load`` decodes all
+images of a set at once; ``imagenet`` reads records when they are needed.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class TfdsSet:
       mean: the usual mean of pixels / 255, per channel.
       std: the usual standard deviation of pixels / 255, per channel.
       source_hint: what to give to ``prepare --source``.
+      command: the command that prepares it, with {folder}; the usual one is ``python -m bnn_jax.data.prepare NAME``.
     """
 
     image_shape: tuple[int, int, int]
@@ -38,6 +40,7 @@ class TfdsSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source_hint: str
+    command: str = ""
 
 
 TFDS_SETS = {
@@ -62,7 +65,17 @@ TFDS_SETS = {
         std=(0.3081,),
         source_hint="FOLDER_OF_THE_FOUR_FILES",
     ),
+    "imagenet2012": TfdsSet(
+        image_shape=(224, 224, 3),
+        num_classes=1000,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        source_hint="FOLDER_OF_TRAIN_AND_VAL",
+        command="tfds build imagenet2012 --file_format=array_record --data_dir {folder}",
+    ),
 }
+# Those that lie in memory, and that ``prepare`` makes from downloads.
+RESIDENT_SETS = ("cifar10", "cifar100", "mnist")
 
 
 def load(name: str, request: LoadRequest) -> LoadedImages:
@@ -76,11 +89,11 @@ def load(name: str, request: LoadRequest) -> LoadedImages:
     Raises:
       DataError: the set is not prepared, is damaged, or is not what its description says.
     """
-    folder = pathlib.Path(request.data_dir or default_data_dir()).expanduser().absolute()
-    _check_prepared(name, folder)
+    folder = absolute_data_dir(request.data_dir)
+    check_prepared(name, folder)
     with progress_bar(request.progress) as bar:
-        train = _SplitReader(name, "train", folder).read("num_train", request.num_train, bar)
-        test = _SplitReader(name, "test", folder).read("num_eval", request.num_eval, bar)
+        train = SplitReader(name, "train", folder).read("num_train", request.num_train, bar)
+        test = SplitReader(name, "test", folder).read("num_eval", request.num_eval, bar)
     expected = TFDS_SETS[name]
     return LoadedImages(train, test, expected.num_classes, expected.mean, expected.std)
 
@@ -101,13 +114,24 @@ def default_data_dir() -> str:
     return os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
 
 
+def absolute_data_dir(data_dir: str | None) -> pathlib.Path:
+    """The folder of prepared data sets; None is TFDS's own."""
+    return pathlib.Path(data_dir or default_data_dir()).expanduser().absolute()
+
+
 def prepare_command(name: str, folder: os.PathLike | str) -> str:
     """The command that prepares a data set in a folder."""
+    if TFDS_SETS[name].command:
+        return TFDS_SETS[name].command.format(folder=folder)
     return f"python -m bnn_jax.data.prepare {name} --source {TFDS_SETS[name].source_hint} --data_dir {folder}"
 
 
-def _check_prepared(name: str, folder: pathlib.Path) -> None:
-    """Asks before TFDS does: for a set that is not there TFDS would offer to download it."""
+def check_prepared(name: str, folder: pathlib.Path) -> None:
+    """Asks before TFDS does: for a set that is not there TFDS would offer to download it.
+
+    Raises:
+      DataError: the set is not there.
+    """
     if any(folder.glob(f"{name}/*/dataset_info.json")):
         return
     for levels, pattern in ((folder.parent, "*/dataset_info.json"), (folder.parent.parent, "dataset_info.json")):
@@ -129,8 +153,18 @@ def progress_bar(show: bool) -> Iterator[Any]:
         yield bar
 
 
-class _SplitReader:
-    """Checked access to the records of one prepared split."""
+class SplitReader:
+    """Checked access to the records of one prepared split. Copies in other processes open the files themselves.
+
+    Attributes:
+      name: key in ``TFDS_SETS``.
+      split: TFDS's name of the split.
+      folder: folder of prepared data sets.
+      expected: what is known of the data set.
+
+    Raises:
+      DataError: the records are stored as TFRecord, or their description is damaged.
+    """
 
     def __init__(self, name: str, split: str, folder: pathlib.Path):
         self.name, self.split, self.folder, self.expected = name, split, folder, TFDS_SETS[name]
@@ -141,14 +175,17 @@ class _SplitReader:
     def __str__(self) -> str:
         return f"{self.name} {self.split} in {self.version_folder}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.split, self.folder)
+
     def read(self, key: str, asked: int | None, bar: Any) -> Split:
         """The first ``asked`` images, or all of them; ``key`` is what the config calls the number."""
-        count = limit(f"{self.name} {self.split}", key, asked=asked, available=self._checked_length())
+        count = limit(f"{self.name} {self.split}", key, asked=asked, available=self.checked_length())
         images, labels = np.empty((count, *self.expected.image_shape), np.uint8), np.empty(count, np.int32)
         task = bar.add_task(f"Reading {self.name} {self.split}", total=count)
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
-            for index, (content, label) in enumerate(self._records(start, stop), start):
+            for index, (content, label) in enumerate(self.records(range(start, stop)), start):
                 images[index] = decode_image(content, self.expected.image_shape, f"{self}, image {index}")
                 labels[index] = label
             bar.update(task, completed=stop)
@@ -170,17 +207,21 @@ class _SplitReader:
         except Exception as error:  # TFDS raises many kinds for a damaged description; all mean the same here
             raise self._damaged(error) from error
 
-    def _checked_length(self) -> int:
+    def checked_length(self) -> int:
         """Number of records, after the description, the files and what we know of the data set were found to agree."""
         info = self.source.dataset_info
         classes = info.features["label"].num_classes
         if classes != self.expected.num_classes:
             raise self._damaged(f"{classes} classes in its description, {self.expected.num_classes} expected")
         described = info.splits[self.split].num_examples
-        stored = sum(self._records_in_file(path) for path in info.splits[self.split].filepaths)
+        stored = sum(self._records_in_file(path) for path in self.files())
         if not stored == described == len(self.source):
             raise self._damaged(f"{stored} records stored, {described} in its description")
         return described
+
+    def files(self) -> list[pathlib.Path]:
+        """The files of the split, in order."""
+        return [pathlib.Path(path) for path in self.source.dataset_info.splits[self.split].filepaths]
 
     def _records_in_file(self, path: os.PathLike) -> int:
         from array_record.python import array_record_module
@@ -194,14 +235,18 @@ class _SplitReader:
         except Exception as error:
             raise self._damaged(error) from error
 
-    def _records(self, start: int, stop: int) -> list[tuple[bytes, int]]:
-        """Stored bytes and label of the images ``start`` to ``stop``."""
+    def records(self, numbers: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Stored bytes and label of the images of these numbers.
+
+        Raises:
+          DataError: a record is damaged, or a label out of range.
+        """
         try:
-            records = self.source.__getitems__(list(range(start, stop)))
+            records = self.source.__getitems__(list(numbers))
             pairs = [(record["image"], int(record["label"])) for record in records]
         except Exception as error:  # of the record reader, of protobuf or of TFDS: the file's content is damaged
             raise self._damaged(error) from error
-        for index, (_, label) in enumerate(pairs, start):
+        for index, (_, label) in zip(numbers, pairs):
             if not 0 <= label < self.expected.num_classes:
                 raise DataError(f"{self}, image {index}: label {label} is not in 0 to {self.expected.num_classes - 1}")
         return pairs

@@ -1,5 +1,6 @@
 """Table of the networks, and the one function that builds them from a ``Spec``."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -101,7 +102,9 @@ CONVOLUTION_INITS: dict[str, str] = {
 }
 
 
-def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str = "float32") -> Any:
+def build(
+    spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str = "float32", remat: bool = False
+) -> Any:
     """Builds the network a ``Spec`` names.
 
     Args:
@@ -111,6 +114,7 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
       quant: quantizers.
       num_classes: outputs K.
       compute_dtype: 'float32' or 'bfloat16'.
+      remat: whether the backward pass computes the inside of every block a second time instead of keeping it.
 
     Returns:
       A Linen module: (images (N, H, W, 3), QuantContext) -> NetworkOutput.
@@ -131,11 +135,15 @@ def build(spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str 
     if options.get("block", "release") not in BLOCKS:
         raise ValueError(f"block {options['block']!r}: accepted are {', '.join(BLOCKS)}")
     layers = build_layers(quant, inner_init=inner_init, outer_init=outer_init, compute_dtype=compute_dtype)
+    layers = dataclasses.replace(layers, remat=remat)
     known = inspect.signature(NETWORKS[spec.name]).parameters
     for option in options:
         if option not in known:
             raise ValueError(f"network {spec.name!r} has no option {option!r}")
-    return NETWORKS[spec.name](layers=layers, num_classes=num_classes, **options)
+    network = NETWORKS[spec.name](layers=layers, num_classes=num_classes, **options)
+    if remat and not getattr(network, "has_blocks", False):
+        raise ValueError(f"remat with network {spec.name!r}: accepted with networks that are made of blocks")
+    return network
 
 
 def build_layers(

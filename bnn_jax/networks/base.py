@@ -1,6 +1,7 @@
 """What every network shares: its output, and the layers it is handed."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ class Layers:
       inner_dense: hidden dense layer with weight and activation quantizer.
       act: activation quantizer on its own, for blocks that quantize somewhere else than at a convolution's input.
       searched_act: activation quantizer with branches: (index, branches) -> factory; 32-bit activations by default.
+      remat: whether the backward pass computes the inside of every block a second time instead of keeping it.
     """
 
     conv: Callable[..., nn.Module]
@@ -47,6 +49,15 @@ class Layers:
     inner_dense: Callable[..., nn.Module]
     act: Callable[..., ActQuantizer]
     searched_act: Callable[..., Callable[..., ActQuantizer]] = lambda index, branches: ActQuantizer
+    remat: bool = False
+
+    def block(self, make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        """A block's class, or a partial of one, as networks are to build it."""
+        if not self.remat:
+            return make
+        if isinstance(make, functools.partial):
+            return functools.partial(nn.remat(make.func), *make.args, **make.keywords)
+        return nn.remat(make)
 
     def conv_without_act(self, *args: Any, **options: Any) -> nn.Module:
         """An inner convolution whose input is taken as it is."""

@@ -1,13 +1,14 @@
 """Residual networks for CIFAR (ResNet-8 to -110, ResNet-18) and ImageNet (ResNet-18, -34)."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import Layers, NetworkOutput, global_average_pool, xavier_normal
-from bnn_jax.networks.blocks import BLOCKS, ResidualBlock
+from bnn_jax.networks.blocks import BLOCKS
 from bnn_jax.ops.ste import relu6
 from bnn_jax.quantizers.base import QuantContext
 
@@ -29,9 +30,11 @@ class ResNet(nn.Module):
     widths: tuple[int, ...]
     block: str = "release"
 
+    has_blocks: ClassVar[bool] = True
+
     def blocks(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """All stages, called inside the compact ``__call__``; block b of stage s (from 1) is named ``layer<s>_<b>``."""
-        make: Callable[..., ResidualBlock] = BLOCKS[self.block]
+        make = self.layers.block(BLOCKS[self.block])
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for index in range(size):
                 stride = 2 if stage > 1 and index == 0 else 1

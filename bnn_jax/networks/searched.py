@@ -148,6 +148,7 @@ class SearchedNetwork(nn.Module):
     dropout: float = 0.0
 
     unused_parameters = ()
+    has_blocks = True
 
     @property
     def branch_patterns(self) -> tuple[str, ...]:
@@ -196,10 +197,11 @@ class SearchedMobileNet(SearchedNetwork):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> NetworkOutput:
         """(N, H, W, 3) normalised images -> logits (N, K), features (N, head_width or the last row's channels)."""
+        make = self.layers.block(SearchedMobileBlock)
         x, index = self.stem(x, ctx), 0
         for expansion, width, blocks, first_stride in self.rows:
             for position in range(blocks):
-                block = SearchedMobileBlock(
+                block = make(
                     width,
                     first_stride if position == 0 else 1,
                     expansion,
@@ -244,10 +246,11 @@ class SearchedResNet(SearchedNetwork):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> NetworkOutput:
         """(N, H, W, 3) normalised images -> logits (N, K), features (N, widths[-1])."""
+        make = self.layers.block(SearchedUnit)
         x = self.imagenet_start(x, ctx) if self.imagenet_stem else self.stem(x, ctx)
         index = 0
         for name, width, stride in self.block_names:
-            unit = functools.partial(SearchedUnit, width, branches=self.branches, layers=self.layers)
+            unit = functools.partial(make, width, branches=self.branches, layers=self.layers)
             a = unit(stride=stride, index=index, name=f"{name}_unit1")(x, ctx)
             e = unit(stride=1, index=index + 1, name=f"{name}_unit2")(a, ctx)
             keep_feature(self, f"after_{name}", e)

@@ -67,7 +67,6 @@ class StepParts:
       choose: draws the branches of a step, or None.
       accumulation_steps: parts of a batch that are passed through the network one after another, see
         ``accumulated_pass``.
-      remat: whether the backward pass computes all but the results of convolutions a second time, for less memory.
     """
 
     network: Any
@@ -80,7 +79,6 @@ class StepParts:
     projections: tuple[Projection, ...] = ()
     choose: Choose | None = None
     accumulation_steps: int = 1
-    remat: bool = False
 
 
 def uniform_choice(genes: int, branches: int) -> Choose:
@@ -195,8 +193,6 @@ def one_pass(
         terms = {o.name: o(outputs, batch, state.objective_state.get(o.name, {}), ctx) for o in parts.objectives}
         return terms, (outputs, updates)
 
-    if parts.remat:
-        terms_function = jax.checkpoint(terms_function, policy=_is_convolution)
     terms, grads, norms, (outputs, updates) = gradients(parts, terms_function, state.params)
     return Pass(
         grads=grads,
@@ -205,11 +201,6 @@ def one_pass(
         quant_state=updates.get("quant_state", state.quant_state),
         objective_state=_objective_states(parts.objectives, state, outputs, batch),
     )
-
-
-def _is_convolution(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a result is kept for the backward pass rather than computed a second time."""
-    return primitive.name in ("conv_general_dilated", "dot_general")
 
 
 def accumulated_pass(

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import dataclasses
 import importlib
 import json
 import os
@@ -81,8 +82,19 @@ def test_the_smoke_variant_runs_two_steps_an_epoch_on_generated_images(name):
 
 
 @each_config
+def test_the_real_smoke_variant_differs_in_the_images_only(name):
+    stages, real = (run_of(name, variant).stages for variant in ("smoke", "smoke_real"))
+    own = run_of(name).stages[-1].data
+    for stage in real:
+        assert (stage.data.name, stage.data.augment, stage.data.lighting) == (own.name, own.augment, own.lighting)
+        assert dict(stage.data.options) == dict(own.options)
+    same_images = [dataclasses.replace(new, data=old.data) for new, old in zip(real, stages, strict=True)]
+    assert same_images == list(stages)
+
+
+@each_config
 def test_another_variant_is_refused(name):
-    with pytest.raises(ValueError, match="accepted behind the colon is 'smoke'"):
+    with pytest.raises(ValueError, match="accepted behind the colon is 'smoke' or 'smoke_real'"):
         importlib.import_module(f"configs.{name}").get_config("smok")
 
 
@@ -96,7 +108,7 @@ def test_the_header_says_what_it_is_compared_with_and_how_to_run_it(name):
 @each_config
 @each_variant
 def test_runs_have_folders_of_their_own(name, variant):
-    names = [run_of(other, v).config["name"] for other in NAMES for v in VARIANTS]
+    names = [run_of(other, v).config["name"] for other in NAMES for v in (*VARIANTS, "smoke_real")]
     assert names.count(run_of(name, variant).config["name"]) == 1
 
 

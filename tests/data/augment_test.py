@@ -124,8 +124,23 @@ def test_none_only_normalises():
     assert result.dtype == jnp.float32
 
 
+def test_images_that_were_cropped_on_the_host_are_only_flipped():
+    images = _images(40)
+    result = np.asarray(
+        prepare_train(
+            images, jax.random.key(0), mean=(0.0,) * 3, std=(1.0,) * 3, augment="random_resized_crop_flip", pad=2
+        )
+    )
+    straight, flipped = images / np.float32(255), images[:, :, ::-1] / np.float32(255)
+    is_straight = np.array([np.allclose(a, b, atol=1e-6) for a, b in zip(result, straight)])
+    is_flipped = np.array([np.allclose(a, b, atol=1e-6) for a, b in zip(result, flipped)])
+    assert (is_straight ^ is_flipped).all()
+    # The chance that fewer than 8 of 40 fair coins show one side is 1e-4; the key is fixed.
+    assert 8 <= is_flipped.sum() <= 32
+
+
 def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="augment 'mixup': accepted are pad_crop_flip, pad_crop, edge_crop_flip, none"):
+    with pytest.raises(ValueError, match="augment 'mixup': accepted are pad_crop_flip, pad_crop, edge_crop_flip, "):
         prepare_train(_images(1), jax.random.key(0), mean=MEAN, std=STD, augment="mixup", pad=1)
 
 

@@ -5,6 +5,7 @@ import io
 import pathlib
 import pickle
 import tarfile
+import types
 from typing import ClassVar
 
 import numpy as np
@@ -146,3 +147,52 @@ def write_image_folder(folder: pathlib.Path, class_folders: tuple[str, ...], *, 
             (folder / key / class_folder).mkdir(parents=True)
             Image.fromarray(image.squeeze()).save(folder / key / class_folder / "0.png")
     return pixels
+
+
+def smooth_picture(height: int, width: int, *, seed: int) -> Image.Image:
+    """A picture of colours that change slowly, so that JPEG and resizing change it little."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, file_format: str = "JPEG", **options: object) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def small_pictures(count: int, *, seed: int) -> list[tuple[bytes, int]]:
+    """JPEG files of different sizes and their labels."""
+    sizes = np.random.default_rng(seed).integers(30, 60, (count, 2)).tolist()
+    return [
+        (encoded(smooth_picture(*size, seed=100 * seed + number)), (37 * number + seed) % 1000)
+        for number, size in enumerate(sizes)
+    ]
+
+
+def write_imagenet(
+    folder: pathlib.Path, train: list[tuple[bytes, int]], validation: list[tuple[bytes, int]]
+) -> pathlib.Path:
+    """A TFDS folder of ImageNet with these files and labels, in TFDS's own order; made by the stock builder."""
+    import tensorflow_datasets as tfds
+
+    stock = tfds.builder_cls("imagenet2012")
+
+    def examples(split, pictures):
+        for number, (content, label) in enumerate(pictures):
+            yield number, {"image": content, "label": label, "file_name": f"{split}_{number}.JPEG"}
+
+    def split_generators(self, download_manager):
+        del self, download_manager
+        return {"train": examples("train", train), "validation": examples("validation", validation)}
+
+    namespace = {"name": "imagenet2012", "_split_generators": split_generators, "pkg_dir_path": stock.pkg_dir_path}
+    # Without a code path TFDS looks for no table of download checksums, which would need importlib_resources.
+    namespace.update(code_path=None, __module__=stock.__module__)
+    builder = types.new_class(stock.__name__, (stock,), {"skip_registration": True}, lambda n: n.update(namespace))
+    tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(try_download_gcs=False, manual_dir=str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    builder(data_dir=str(folder)).download_and_prepare(file_format="array_record", download_config=config)
+    return folder

@@ -116,7 +116,7 @@ def test_the_seed_decides_which_images_are_held_out():
     [
         (
             {"name": "cifar11"},
-            r"config.data.name='cifar11': accepted are cifar10, cifar100, mnist, imagenet2012, digits, synthetic",
+            r"config.data.name='cifar11': accepted are cifar10, .*, imagenet2012_resized, digits, synthetic",
         ),
         ({"lighting": "on"}, r"config.data.lighting='on': accepted are none, release, paper"),
         ({"augment": "flip"}, r"config.data.augment='flip': accepted are pad_crop_flip, pad_crop, edge_crop_flip"),
@@ -143,10 +143,19 @@ def test_the_description_of_a_source_is_what_it_then_has(name, options):
     assert data.describe(DataSpec(name, options=options)) == (source.image_shape, source.num_classes)
 
 
-def test_imagenet_is_described_but_not_read():
-    assert data.describe(DataSpec("imagenet2012")) == ((224, 224, 3), 1000)
-    with pytest.raises(DataError, match="reads no ImageNet"):
-        _build("imagenet2012")
+def test_imagenet_is_described_without_reading_it():
+    for name in ("imagenet2012", "imagenet2012_resized"):
+        assert data.describe(DataSpec(name)) == ((224, 224, 3), 1000)
+        assert data.describe(DataSpec(name, options=(("image_size", 64),))) == ((64, 64, 3), 1000)
+
+
+def test_images_in_memory_refuse_what_is_for_images_that_are_read_while_training():
+    assert not _build("digits", num_train=10).streamed
+    message = r"^config\.data\.augment='random_resized_crop_flip': accepted with digits are pad_crop_flip, .*, none$"
+    with pytest.raises(DataError, match=message):
+        _build("digits", augment="random_resized_crop_flip")
+    with pytest.raises(DataError, match=r"^config\.data\.decoder='opencv': digits is decoded once, by 'pillow'$"):
+        _build("digits", decoder="opencv")
 
 
 @pytest.mark.parametrize("option", ["image_size", "num_classes", "num_train", "num_test"])

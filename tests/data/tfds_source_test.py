@@ -170,7 +170,7 @@ def test_an_image_of_another_shape_is_named(tmp_path, monkeypatch):
 
 
 def test_a_label_out_of_range_is_named(prepared_once, monkeypatch):
-    reader = tfds_source._SplitReader("mnist", "train", prepared_once)
+    reader = tfds_source.SplitReader("mnist", "train", prepared_once)
     records = reader.source.__getitems__(list(range(20)))
     records[4]["label"] = 10
     monkeypatch.setattr(type(reader.source), "__getitems__", lambda *_: records)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -279,6 +280,48 @@ def test_training_changes_every_running_statistic(kind: str) -> None:
     )
     old, new = (flatten_dict(stats, sep="/") for stats in (variables["batch_stats"], updates["batch_stats"]))
     assert [path for path in old if np.array_equal(old[path], new[path])] == []
+
+
+def loss_of(network: Any, variables: dict[str, Any]) -> Callable[[Any], jax.Array]:
+    """A function of the parameters, in training mode."""
+
+    def loss(params: Any) -> jax.Array:
+        outputs, _ = network.apply(
+            {**variables, "params": params}, images_of(4), QuantContext(train=True), mutable=["batch_stats"]
+        )
+        return jnp.sum(jnp.sin(jnp.arange(12.0)).reshape(4, 3) * outputs.logits)
+
+    return loss
+
+
+@each_small
+def test_blocks_computed_twice_keep_less_for_the_backward_pass(kind: str) -> None:
+    network, variables = small_network(kind, REAL)
+    if not getattr(network, "has_blocks", False):
+        with pytest.raises(ValueError, match="remat with network .*: accepted with networks that are made of blocks"):
+            networks.build(SMALL[kind], REAL, num_classes=3, remat=True)
+        return
+    again = networks.build(SMALL[kind], REAL, num_classes=3, remat=True)
+    params, losses = variables["params"], [loss_of(each, variables) for each in (network, again)]
+
+    def kept_bytes(loss: Callable[[Any], jax.Array]) -> int:
+        # What a pullback holds is what the forward pass keeps for the backward pass.
+        kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+    # Behind the stem for ImageNet nothing is left of these images: parameters are most of what is kept.
+    assert kept_bytes(losses[1]) < 0.8 * kept_bytes(losses[0])
+
+
+@pytest.mark.parametrize("kind", ["release", "basq_mobilenet"])
+def test_blocks_computed_twice_have_the_same_gradients(kind: str) -> None:
+    network, variables = small_network(kind, REAL)
+    again = networks.build(SMALL[kind], REAL, num_classes=3, remat=True)
+    gradients, of_again = (
+        jax.jit(jax.grad(loss_of(each, variables)))(variables["params"]) for each in (network, again)
+    )
+    # Other programs, so rounding; gradients through BatchNorm lose a few digits.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), of_again, gradients)
 
 
 @pytest.mark.parametrize(
