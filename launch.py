@@ -35,7 +35,8 @@ on several processes (hosts): train and evaluate; the same command in each of th
   --connect_seconds=S        how long to wait for the others at the start (default 300)
 
 example: python launch.py --config=configs/quickstart.py
-exit status: 0 done; 1 training failed or a process was lost; 2 bad input; 130 or 143 stopped by a signal, state saved
+exit status: 0 done; 1 training failed or a process was lost; 2 bad input
+             130 or 143 stopped by a signal, state saved
 """
 
 

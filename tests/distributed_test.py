@@ -168,8 +168,8 @@ def test_when_one_of_two_processes_is_killed_the_other_ends():
     assert (first.code, second.code) == (-signal.SIGKILL, 1)
     # Before it are lines of jaxlib.
     assert second.stderr.splitlines()[-1] == (
-        "error: process 1 of 2 lost contact with another process; what was saved is kept, the same command on all hosts "
-        "goes on from the last checkpoint"
+        "error: process 1 of 2 lost contact with another process; what was saved is kept, "
+        "the same command on all hosts goes on from the last checkpoint"
     )
 
 

@@ -29,6 +29,8 @@ from tests.integration.launching import (
 # Of seed 1 no value lies within rounding of the edge of an activation, see devices_test.py.
 COMMAND = (*TWO_RUNGS, "--config.seed=1")
 STRUCK = "tests/integration/struck.py"
+# jax keeps compiled programs of process 0 alone, so the other one compiles in every launch; this halves it.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # On a quiet machine none takes 30 s; what hangs must not hang the test.
 SECONDS = 200
 
@@ -47,7 +49,9 @@ def together(*commands: Sequence[str], programs: Sequence[str] = ("launch.py", "
     count = len(commands)
     peers = (f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", "--connect_seconds=60")
     processes = [
-        start(*command, *peers, f"--process_id={index}", "--heartbeat_seconds=20", program=program, XLA_FLAGS="")
+        start(
+            *command, *peers, f"--process_id={index}", "--heartbeat_seconds=20", program=program, XLA_FLAGS="", **QUICK
+        )
         for index, (command, program) in enumerate(zip(commands, programs, strict=True))
     ]
     try:
@@ -88,7 +92,7 @@ def of_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on one process with two devices."""
     folder = tmp_path_factory.mktemp("one_process") / "run"
     flags = "--xla_force_host_platform_device_count=2"
-    finished = launch_program(*COMMAND, f"--workdir={folder}", XLA_FLAGS=flags)
+    finished = launch_program(*COMMAND, f"--workdir={folder}", XLA_FLAGS=flags, **QUICK)
     assert finished.code == 0, finished.stderr
     return folder
 
