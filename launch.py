@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         return distributed.fail(128 + signal.SIGINT, message, label="")
     except Exception as error:
         if distributed.is_lost_contact(error):
-            distributed.lose_contact()
+            distributed.lose_contact(error)
         if isinstance(error, OSError):
             # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
             from bnn_jax.run_folder import describe_os_error

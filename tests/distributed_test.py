@@ -177,3 +177,25 @@ def test_of_two_processes_one_that_waits_for_the_first_in_vain_says_so():
     [second] = run("stop", "stop", only=1, connect_seconds=1)
     assert second.code == 2
     assert second.stderr.splitlines()[-1].startswith("error: process 1: not all processes met at 127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo AllReduce failed: [tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2"), True),
+        (RuntimeError("UNAVAILABLE: failed to connect to all addresses"), True),
+        (RuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited"), True),
+        (ValueError("a skip connection of 16 channels on 32"), False),
+        (UserError("data/nccl.zip: no such file"), False),
+    ],
+)
+def test_of_several_processes_a_broken_connection_is_told_from_other_errors(monkeypatch, error, lost):
+    monkeypatch.setattr(distributed, "_group", distributed._Group(index=1, count=2))
+    assert distributed.is_lost_contact(error) == lost
+
+
+def test_a_broken_connection_behind_another_error_is_seen(monkeypatch):
+    monkeypatch.setattr(distributed, "_group", distributed._Group(index=1, count=2))
+    error = RuntimeError("the step failed")
+    error.__cause__ = ValueError("Gloo AllReduce failed")
+    assert distributed.is_lost_contact(error)
