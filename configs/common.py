@@ -178,7 +178,7 @@ SMOKE = ("smoke", "smoke_real")
 
 
 def imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """ImageNet as the published programs see it: random resized crops of 224 pixels, the centre of 256 in evaluation."""
+    """ImageNet as published programs see it: random resized crops of 224 pixels, the centre of 256 in evaluation."""
     config.data.name = (
         "imagenet2012"  # 'imagenet2012_resized' reads what `python -m bnn_jax.data.prepare imagenet` wrote
     )

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import dataclasses
 import importlib
 import json
 import os
