@@ -35,7 +35,8 @@ on several processes (hosts): train and evaluate; the same command in each of th
   --connect_seconds=S        how long to wait for the others at the start (default 300)
 
 example: python launch.py --config=configs/quickstart.py
-exit status: 0 done; 1 training failed or a process was lost; 2 bad input; 130 or 143 stopped by a signal, state saved
+exit status: 0 done; 1 training failed or a process was lost; 2 bad input
+             130 or 143 stopped by a signal, state saved
 """
 
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         return distributed.fail(128 + signal.SIGINT, message, label="")
     except Exception as error:
         if distributed.is_lost_contact(error):
-            distributed.lose_contact()
+            distributed.lose_contact(error)
         if isinstance(error, OSError):
             # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
             from bnn_jax.run_folder import describe_os_error

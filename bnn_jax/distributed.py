@@ -29,7 +29,17 @@ ACKNOWLEDGE_SECONDS = 10.0
 # One question to the coordination service; asked again until there is an answer or the service is gone.
 QUESTION_SECONDS = 60
 # What errors of a connection to another process contain, whoever raises them.
-CONNECTION_PHRASES = ("gloo", "nccl", "connection", "unavailable", "deadline_exceeded", "coordination", "heartbeat")
+CONNECTION_PHRASES = (
+    "gloo",
+    "nccl",
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "unavailable:",
+    "deadline_exceeded",
+    "coordination",
+    "heartbeat",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +253,7 @@ def same_everywhere(name: str, value: Any) -> None:
     value = json.loads(json.dumps(value))
     first = from_first(name, lambda: value)
     if value != first:
-        raise UserError(f"process {_group.index} has another {name} than process 0: {_difference(value, first)}")
+        raise UserError(f"another {name} than that of process 0: {_difference(value, first)}")
 
 
 def _difference(here: Any, first: Any) -> str:
@@ -352,11 +362,15 @@ def is_lost_contact(error: BaseException) -> bool:
     return False
 
 
-def lose_contact() -> NoReturn:
-    """Ends this process because another one is gone: nothing can be waited for any more."""
+def lose_contact(error: BaseException) -> NoReturn:
+    """Ends this process because another one is gone: nothing can be waited for any more.
+
+    Args:
+      error: what showed it.
+    """
     # If that one ended with an error of its own, it has told, and the watching thread ends this one in the same way.
     time.sleep(2 * POLL_SECONDS)
-    _leave(1, _lost_message())
+    _leave(1, f"{' '.join(str(error).split())[:300]}\n{_lost_message()}")
 
 
 def _lost_message() -> str:

@@ -88,6 +88,7 @@ def test_a_folder_in_which_nothing_was_trained_is_taken_over(tmp_path):
 def test_keys_that_say_where_or_how_may_change(started):
     changes = {
         "data.data_dir": "/elsewhere",
+        "data.workers": 3,
         "train.eval_batch_size": 4,
         "train.steps_per_dispatch": 2,
         "train.checkpoint_seconds": 1.0,
@@ -230,3 +231,29 @@ def test_the_commit_is_not_that_of_another_project_the_library_is_installed_in(t
     assert run_folder.git_commit() is None
     git("add", "run_folder.py")
     assert run_folder.git_commit() is not None
+
+
+# ---- several processes
+
+
+def test_a_process_that_sees_what_the_first_one_wrote_goes_on(started):
+    run_folder.check_shared(started)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "is not there"), ({"other": 1}, "is another one")])
+def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch, content, message):
+    if content is not None:
+        run_folder.write_json(tmp_path / "config.json", content)
+    monkeypatch.setattr(run_folder, "SHARED_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder.distributed, "from_first", lambda name, decide: {"written": "there"})
+    with pytest.raises(
+        UserError, match=f"config.json that process 0 wrote {message}; the folder must be on a file sys"
+    ):
+        run_folder.check_shared(tmp_path)
+
+
+def test_a_file_that_shows_late_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.distributed, "from_first", lambda name, decide: {"written": "there"})
+    late = lambda seconds: run_folder.write_json(tmp_path / "config.json", {"written": "there"})  # noqa: E731
+    monkeypatch.setattr(run_folder.time, "sleep", late)
+    run_folder.check_shared(tmp_path)

@@ -81,6 +81,8 @@ class StopRequest:
         Args:
           at_once: wait for the answers under way, for places where there are no steps to wait for.
         """
+        if distributed.count() == 1:
+            return bool(self)
         number = self._agreement.largest(self.signal_number, at_once=at_once)
         if number:
             self.signal_number = number

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from bnn_jax import command_line
+from bnn_jax.distributed import Peers
 from bnn_jax.errors import UserError
 from tests.integration.launching import QUICKSTART
 
@@ -89,3 +90,56 @@ def test_two_command_lines_do_not_know_of_each_other():
 )
 def test_a_message_is_put_into_one_line(error, line):
     assert command_line.one_line(error) == line
+
+
+# ---- several processes
+
+PEERS = ("--coordinator=node1:55527", "--num_processes=2", "--process_id=0")
+
+
+@pytest.fixture
+def under_slurm(monkeypatch):
+    for name, value in {"JOB_ID": "7", "STEP_NODELIST": "n1", "PROCID": "0", "LOCALID": "0", "NTASKS": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+def test_one_process_has_no_peers():
+    assert command_line.peers_of(parse(QUICKSTART)) is None
+
+
+def test_process_0_is_a_value_like_any_other():
+    peers = command_line.peers_of(parse(QUICKSTART, *PEERS, "--heartbeat_seconds=20"))
+    assert peers == Peers("node1:55527", 2, 0, heartbeat_seconds=20, connect_seconds=300)
+
+
+def test_a_launcher_names_the_peers(under_slurm):
+    assert command_line.peers_of(parse(QUICKSTART, "--connect_seconds=9")) == Peers(connect_seconds=9)
+
+
+def test_flags_come_before_a_launcher(under_slurm):
+    assert command_line.peers_of(parse(QUICKSTART, *PEERS)).coordinator == "node1:55527"
+
+
+def test_tasks_of_a_job_can_be_kept_apart(under_slurm):
+    assert command_line.peers_of(parse(QUICKSTART, "--distributed=off")) is None
+    assert command_line.peers_of(parse(QUICKSTART, "--distributed=off", "--mode=report")) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--distributed=on",), "--distributed=on: accepted are auto, off"),
+        (("--distributed=off", *PEERS), "--distributed=off: of no use with --coordinator"),
+        (PEERS[:2], "--process_id: missing"),
+        ((*PEERS[:2], "--process_id=two"), "--process_id"),
+        ((*PEERS, "--mode=summary"), "--coordinator is of no use with --mode=summary: accepted with train, evaluate"),
+    ],
+)
+def test_flags_of_several_processes_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        parse(QUICKSTART, *options)
+
+
+def test_a_mode_for_one_process_is_refused_where_a_launcher_started_several(under_slurm):
+    with pytest.raises(UserError, match="--mode=report works on one process, and SLURM started several"):
+        parse(QUICKSTART, "--mode=report")

@@ -16,7 +16,9 @@ def test_help_fits_a_screen():
 
 def test_help_names_every_flag_and_an_example_that_is_there():
     text = launch_here("--help").stdout
-    for flag in ("config", "config.KEY", "workdir", "mode", "stage", "checkpoint", "fresh", "json", "help"):
+    alone = ("config", "config.KEY", "workdir", "mode", "stage", "checkpoint", "fresh", "json", "help")
+    together = ("coordinator", "num_processes", "process_id", "distributed", "heartbeat_seconds", "connect_seconds")
+    for flag in (*alone, *together):
         assert f"--{flag}" in text
     for mode in ("train", "evaluate", "summary", "report"):
         assert mode in text

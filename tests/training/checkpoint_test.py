@@ -26,6 +26,7 @@ from bnn_jax import networks
 from bnn_jax.errors import CheckpointError
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import QuantSpec, spec
+from bnn_jax.training import checkpoint
 from bnn_jax.training.checkpoint import CheckpointStore, describe
 from bnn_jax.training.state import TrainState
 from tests.conftest import ROOT
@@ -783,3 +784,35 @@ def test_describe_says_what_is_accepted(two_good: pathlib.Path, tmp_path: pathli
     }.items():
         with pytest.raises(CheckpointError, match=message):
             describe(folder)
+
+
+# ---- several processes
+
+
+def test_of_several_processes_only_the_first_writes_or_cleans_up(tmp_path, monkeypatch):
+    left = tmp_path / "3.orbax-checkpoint-tmp"
+    left.mkdir()
+    monkeypatch.setattr(checkpoint.distributed, "is_first", lambda: False)
+    with CheckpointStore(tmp_path) as store:
+        store.save(tiny_state(1), meta={}, metrics=None)
+        store.wait()
+        assert store.latest_step() is None
+    assert [path.name for path in tmp_path.iterdir()] == [left.name]
+
+
+def test_the_first_process_decides_which_step_is_restored(tmp_path, monkeypatch):
+    with CheckpointStore(tmp_path) as store:
+        for step in (1, 2):
+            store.save(tiny_state(step), meta={"at": step}, metrics=None)
+            store.wait()
+        asked = []
+
+        def from_first(name, decide):
+            asked.append(name)
+            return {"restored step": 1, "latest step": 7}[name]
+
+        monkeypatch.setattr(checkpoint.distributed, "from_first", from_first)
+        restored, meta = store.restore(tiny_state(0))
+        assert (int(restored.step), meta) == (1, {"at": 1})
+        assert store.latest_step() == 7
+    assert asked == ["restored step", "latest step"]

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from bnn_jax.training.interrupt import SIGNALS, StopRequest
+from bnn_jax.training import interrupt
+from bnn_jax.training.interrupt import SIGNALS, Agreement, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +69,29 @@ def test_outside_the_main_thread_the_flag_stays_false():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_on_one_process_all_agree_at_once():
+    with StopRequest() as stop:
+        assert not stop.agreed() and not stop.agreed(at_once=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed() and stop.signal_number == signal.SIGTERM
+
+
+def test_on_one_process_the_largest_number_is_ones_own():
+    assert [Agreement().largest(number) for number in (0, 3)] == [0, 3]
+
+
+def test_on_several_processes_the_answer_comes_two_calls_later_and_once(monkeypatch):
+    # The maximum over the devices of this process, as if they were those of several.
+    monkeypatch.setattr(interrupt.distributed, "count", lambda: 2)
+    agreement = Agreement()
+    assert [agreement.largest(number) for number in (0, 15, 15, 15, 0, 0, 0)] == [0, 0, 0, 15, 0, 0, 0]
+
+
+def test_on_several_processes_the_answer_can_be_waited_for(monkeypatch):
+    monkeypatch.setattr(interrupt.distributed, "count", lambda: 2)
+    stop = StopRequest()
+    assert not stop.agreed(at_once=True)
+    stop.signal_number = signal.SIGINT
+    assert stop.agreed(at_once=True) and stop.signal_number == signal.SIGINT

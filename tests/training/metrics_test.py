@@ -76,3 +76,9 @@ def test_means_of_an_epoch_come_from_its_sums():
     assert means == {"train_loss": 1.5, "train_top1": 25.0, "loss/cross_entropy": 0.5}
     means = metrics.epoch_means({name: jnp.asarray(value) for name, value in {**sums, "correct5": 15.0}.items()})
     assert (means["train_top1"], means["train_top5"]) == (25.0, 75.0)
+
+
+def test_of_several_processes_only_the_first_writes(path, monkeypatch):
+    monkeypatch.setattr(metrics.distributed, "is_first", lambda: False)
+    metrics.append(path, {"epoch": 2, "step": 9})
+    assert metrics.read(path) == RECORDS

@@ -61,3 +61,12 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
         progress.epoch_done(RECORD)
     text = capsys.readouterr().err
     assert "w4a4" in text and "50 %" in text and "50 img/s" in text and "test top-1 75.25 %" in text
+
+
+def test_of_several_processes_only_the_first_shows_anything(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module.distributed, "is_first", lambda: False)
+    monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: True)
+    with Progress("stage", total_steps=2, start_step=0, epochs=1) as shown:
+        shown.update(step=1, epoch=0, images_per_second=1.0, loss=1.0, top1=0.0)
+        shown.say("a line")
+    assert capsys.readouterr().err == ""
