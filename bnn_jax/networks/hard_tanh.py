@@ -8,12 +8,12 @@ from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import (
     Layers,
     NetworkOutput,
-    flatten_channels_first,
     global_average_pool,
     he_fan_in_normal,
     keep_feature,
 )
 from bnn_jax.networks.resnet import ResNet
+from bnn_jax.networks.vgg_small import Vgg
 from bnn_jax.ops.ste import hard_tanh
 from bnn_jax.quantizers.base import QuantContext
 
@@ -44,42 +44,13 @@ class HardTanhResNet(ResNet):
         return self.classify(features, ctx, kernel_init=None if self.imagenet_stem else he_fan_in_normal)
 
 
-class HardTanhVgg(nn.Module):
+class HardTanhVgg(Vgg):
     """VGG-Small with a full-precision first convolution: convolution, (pooling), BatchNorm, clip to [-1, 1].
-
-    Attributes:
-      layers: layer factories.
-      num_classes: outputs K.
-      widths: channels of the six convolutions; the second of each pair is followed by 2x2 max pooling.
 
     Reference: IR-Net, Qin et al. 2020 (arXiv 1909.10788); release: Wzixin/SKD-BNN.
     """
 
-    layers: Layers
-    num_classes: int
-    widths: tuple[int, ...] = (128, 128, 256, 256, 512, 512)
-
-    unused_parameters = ()
-
-    @nn.compact
-    def __call__(self, x: jax.Array, ctx: QuantContext) -> NetworkOutput:
-        """(N, H, W, 3) normalised images, H and W multiples of 8 -> logits (N, K), features (N, H/8 * W/8 * C)."""
-        for index, width in enumerate(self.widths):
-            make = self.layers.first_conv if index == 0 else self.layers.conv
-            x = make(width, name=f"conv{index}")(x, ctx)
-            if index % 2:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            x = self.activate(BatchNorm(name=f"bn{index}")(x, ctx))
-            if index > 0:
-                keep_feature(self, f"after_conv{index}", x)
-        features = flatten_channels_first(x)
-        dense = self.layers.dense(
-            self.num_classes, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros, name="fc"
-        )
-        return NetworkOutput(logits=dense(features, ctx), features=features)
-
     def activate(self, x: jax.Array) -> jax.Array:
-        """What follows every BatchNorm."""
         return hard_tanh(x)
 
 

@@ -9,8 +9,8 @@ import jax
 
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import NetworkOutput, global_average_pool, he_fan_in_normal
-from bnn_jax.networks.hard_tanh import HardTanhVgg
 from bnn_jax.networks.resnet import ResNet
+from bnn_jax.networks.vgg_small import Vgg
 from bnn_jax.quantizers.base import QuantContext
 
 
@@ -38,7 +38,7 @@ class StandardResNet(ResNet):
         return self.classify(features, ctx, kernel_init=None if self.imagenet_stem else he_fan_in_normal)
 
 
-class StandardVgg(HardTanhVgg):
+class StandardVgg(Vgg):
     """VGG-Small with ReLU: convolution, (pooling), BatchNorm, ReLU; the classifier reads the flattened features.
 
     Reference: release: qinglu0330/DNN-weight-search: core/network/vgg_small.py.

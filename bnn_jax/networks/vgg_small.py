@@ -1,5 +1,7 @@
 """VGG-Small: six 3x3 convolutions and one dense layer, the usual plain network of binary CIFAR work."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 
@@ -9,8 +11,8 @@ from bnn_jax.ops.ste import relu6
 from bnn_jax.quantizers.base import QuantContext
 
 
-class VggSmall(nn.Module):
-    """Six groups convolution, (pooling), BatchNorm, ReLU6, quantizer; then the classifier on the flattened features.
+class Vgg(nn.Module):
+    """Base of the plain networks: six groups convolution, (pooling), BatchNorm, activation; then the classifier.
 
     The features are flattened channel by channel (C, H, W), as the published weights expect.
 
@@ -18,18 +20,15 @@ class VggSmall(nn.Module):
       layers: layer factories.
       num_classes: outputs K.
       widths: channels of the six convolutions; the second of each pair is followed by 2x2 max pooling.
-
-    Reference: ASBQ specification, section 2.6; release: Luadoo/ASBQ: quantization/vgg_small.py.
     """
 
     layers: Layers
     num_classes: int
     widths: tuple[int, ...] = (128, 128, 256, 256, 512, 512)
 
-    @property
-    def unused_parameters(self) -> tuple[str, ...]:
-        """No parameter goes without a gradient."""
-        return ()
+    unused_parameters: ClassVar[tuple[str, ...]] = ()
+    first_compared: ClassVar[int] = 1
+    """The first group whose output the two streams of self-distillation compare."""
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> NetworkOutput:
@@ -39,14 +38,34 @@ class VggSmall(nn.Module):
             x = make(width, name=f"conv{index}")(x, ctx)
             if index % 2:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            x = relu6(BatchNorm(name=f"bn{index}")(x, ctx))
-            keep_feature(self, f"after_conv{index}", x)
-        x = self.layers.act(name="last_act")(x, ctx)
-        features = flatten_channels_first(x)
+            x = self.activate(BatchNorm(name=f"bn{index}")(x, ctx))
+            if index >= self.first_compared:
+                keep_feature(self, f"after_conv{index}", x)
+        features = flatten_channels_first(self.before_classifier(x, ctx))
         dense = self.layers.dense(
-            self.num_classes,
-            kernel_init=nn.initializers.normal(0.01),
-            bias_init=nn.initializers.zeros,
-            name="fc",
+            self.num_classes, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros, name="fc"
         )
         return NetworkOutput(logits=dense(features, ctx), features=features)
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """What follows every BatchNorm."""
+        raise NotImplementedError
+
+    def before_classifier(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        """What is done to the last feature map before it is flattened; called inside the compact ``__call__``."""
+        return x
+
+
+class VggSmall(Vgg):
+    """VGG-Small of ReLU6, with a quantizer before the classifier.
+
+    Reference: ASBQ specification, section 2.6; release: Luadoo/ASBQ: quantization/vgg_small.py.
+    """
+
+    first_compared = 0
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        return relu6(x)
+
+    def before_classifier(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        return self.layers.act(name="last_act")(x, ctx)

@@ -31,24 +31,35 @@ COMMAND = (*TWO_RUNGS, "--config.seed=1")
 ODD_BATCHES = (*rungs(32, epochs=1), "--config.train.batch_size=6", "--config.train.eval_batch_size=5")
 
 
+def begun(folder: Path, target: Path) -> Path:
+    """A copy of a finished run as it was in the middle of its second stage."""
+    shutil.copytree(folder, target)
+    (target / STAGES[1] / "result.json").unlink()
+    shutil.rmtree(target / STAGES[1] / "checkpoints" / "4")
+    return target
+
+
 @pytest.fixture(scope="module")
-def on_eight(tmp_path_factory) -> Path:
-    """Folders 'two_rungs' and 'odd' of runs on eight devices."""
-    folder = tmp_path_factory.mktemp("eight")
-    commands = (*COMMAND, f"--workdir={folder / 'two_rungs'}", "+", *ODD_BATCHES, f"--workdir={folder / 'odd'}")
-    finished = launch_program(
-        *commands, program="tests/integration/in_turn.py", XLA_FLAGS="--xla_force_host_platform_device_count=8"
-    )
+def on_one(tmp_path_factory) -> Path:
+    """Folder of a run on one device."""
+    folder = tmp_path_factory.mktemp("one")
+    finished = launch_here(*COMMAND, f"--workdir={folder}")
     assert finished.code == 0, finished.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
-def on_one(tmp_path_factory) -> Path:
-    """Folder of the same run on one device."""
-    folder = tmp_path_factory.mktemp("one")
-    finished = launch_here(*COMMAND, f"--workdir={folder}")
+def on_eight(tmp_path_factory, on_one) -> Path:
+    """Folders of runs on eight devices: 'two_rungs' is the same run, 'odd' another one, 'begun' began on one device."""
+    folder = tmp_path_factory.mktemp("eight")
+    commands = (*COMMAND, f"--workdir={folder / 'two_rungs'}", "+", *ODD_BATCHES, f"--workdir={folder / 'odd'}")
+    finished = launch_program(
+        *(*commands, "+", *COMMAND, f"--workdir={begun(on_one, folder / 'begun')}"),
+        program="tests/integration/in_turn.py",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
     assert finished.code == 0, finished.stderr
+    assert "stage w1a1: going on from step 2" in finished.stderr
     return folder
 
 
@@ -95,10 +106,13 @@ def test_a_checkpoint_of_eight_devices_is_evaluated_on_one(on_eight, stage):
 
 
 def test_a_stage_begun_on_eight_devices_goes_on_on_one(on_eight, on_one, tmp_path):
-    folder = Path(shutil.copytree(on_eight / "two_rungs", tmp_path / "run"))
-    (folder / STAGES[1] / "result.json").unlink()
-    shutil.rmtree(folder / STAGES[1] / "checkpoints" / "4")
+    folder = begun(on_eight / "two_rungs", tmp_path / "run")
     finished = launch_here(*COMMAND, f"--workdir={folder}")
     assert finished.code == 0, finished.stderr
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_close(folder / STAGES[1], on_one / STAGES[1], QUANTIZED_TOLERANCE)
+
+
+def test_a_stage_begun_on_one_device_goes_on_on_eight(on_eight, on_one):
+    assert result(on_eight / "begun" / STAGES[1])["device"].startswith("8 x ")
+    assert_close(on_eight / "begun" / STAGES[1], on_one / STAGES[1], QUANTIZED_TOLERANCE)
