@@ -242,7 +242,8 @@ def _parse_no_flags() -> None:
 
 def _close(iterator: Any) -> None:
     """Ends reading, and waits for it, but not long: processes of grain listen only after they have come up."""
-    closing = threading.Thread(target=iterator.close, name="close-input", daemon=True)
+    # No daemon: the end of the program waits for it, where grain would otherwise close the same iterator once more.
+    closing = threading.Thread(target=iterator.close, name="close-input")
     closing.start()
     closing.join(timeout=0.5)
 
