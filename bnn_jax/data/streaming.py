@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import typing
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ class StreamedSplit:
 
     def batches(
         self, indices: np.ndarray, *, random_crops: tuple[int, int] | None = None, workers: int = 0
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches in the order of a plan. Closing the iterator, or leaving its loop, ends all reading.
 
         Args:
@@ -178,14 +178,14 @@ def corrupt_image(what: str, error: Exception) -> DataError:
     return DataError(f"{what}: the image is corrupt ({' '.join(str(error).split())[:120]})")
 
 
-def _batches(reader: PieceReader, workers: int) -> Iterator[Batch]:
+def _batches(reader: PieceReader, workers: int) -> Generator[Batch, None, None]:
     if not reader.plan.size:
         return
     iterator = iter(_pipeline(reader, workers))
     try:
-        # Not ``yield from``, which would itself close grain's iterator, and wait.
-        for batch in iterator:  # noqa: UP028
-            yield batch
+        # Asked for one batch more, or closed by ``yield from``, grain's iterator would wait for its processes to end.
+        for _ in range(len(reader.plan)):
+            yield next(iterator)
     except DataError as error:
         # Without the frames and notes of the threads and processes it came through.
         raise DataError(str(error)) from None
@@ -242,7 +242,8 @@ def _parse_no_flags() -> None:
 
 def _close(iterator: Any) -> None:
     """Ends reading, and waits for it, but not long: processes of grain listen only after they have come up."""
-    closing = threading.Thread(target=iterator.close, name="close-input", daemon=True)
+    # No daemon: the end of the program waits for it, where grain would otherwise close the same iterator once more.
+    closing = threading.Thread(target=iterator.close, name="close-input")
     closing.start()
     closing.join(timeout=0.5)
 
