@@ -53,7 +53,7 @@ setup(
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "fast": ["opencv-python-headless>=4.10"],  # config.data.decoder='opencv'
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
         "report": ["matplotlib>=3.9"],
         "dev": ["ruff>=0.17,<0.18", "pyright[nodejs]>=1.1.408", "pre-commit>=4.0"],
     },

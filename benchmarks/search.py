@@ -71,7 +71,7 @@ def sides_of(options: argparse.Namespace) -> dict[str, tuple[Callable[[], list[f
         several = PopulationEvaluator(network, split=split, paths_at_once=at_once, **shared)
         images = np.arange(len(split), dtype=np.int32)
         sides[str(at_once)] = (
-            functools.partial(several, variables, paths, images),
+            functools.partial(several, variables, paths.tolist(), images),
             several._step._cache_size,
         )
     return sides

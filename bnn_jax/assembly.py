@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import data, methods, networks, objectives, run_folder
+from bnn_jax import data, distributed, methods, networks, objectives, run_folder
 from bnn_jax.data.augment import prepare_eval, prepare_train
 from bnn_jax.data.base import ImageSource, Split, index_plan
 from bnn_jax.data.folds import Folds, make_folds
@@ -159,7 +159,7 @@ def folds_of(search: Stage, source: ImageSource) -> Folds:
 @functools.lru_cache(maxsize=1)
 def _load_data(spec: Any, data_dir: str | None, seed: int) -> ImageSource:
     """All stages of a chain use the same images, so they are decoded once."""
-    return data.build(spec, data_dir=data_dir, seed=seed, progress=True)
+    return data.build(spec, data_dir=data_dir, seed=seed, progress=distributed.is_first())
 
 
 def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:

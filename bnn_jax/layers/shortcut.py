@@ -33,7 +33,7 @@ def flexible_shortcut(x: jax.Array, features: int, *, stride: int = 1) -> jax.Ar
         x = jnp.concatenate([x] * (features // channels), axis=-1)
     elif channels > features:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -channels % features)))
-        x = sum(jnp.split(x, x.shape[-1] // features, axis=-1))
+        x = sum(jnp.split(x, x.shape[-1] // features, axis=-1), start=jnp.zeros((), x.dtype))
     return average_pool(x, stride)
 
 

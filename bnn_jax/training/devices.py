@@ -56,7 +56,7 @@ class Devices:
 
     def own_columns(self, width: int) -> slice:
         """Which of ``width`` rows of a batch, a multiple of the number of devices, lie on this process's devices."""
-        parts = [index[0] for index in self.rows.addressable_devices_indices_map((width,)).values()]
+        parts = [index[0] for index in self.rows.addressable_devices_indices_map((width,)).values() if index]
         bounds = sorted({part.indices(width)[:2] for part in parts})
         if any(end != start for (_, end), (start, _) in itertools.pairwise(bounds)):
             raise ValueError(f"the devices of process {jax.process_index()} do not lie side by side in the mesh")

@@ -142,8 +142,8 @@ class StageLoop:
         self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices)
         self.feed = Feed(source.train, devices, workers=options.workers)
         images, labels = self.feed.arrays
-        teacher, choice = devices.replicate((teacher, None if choice is None else np.asarray(choice, np.int32)))
-        self.constants = Constants(images, labels, teacher, choice)
+        branches = None if choice is None else np.asarray(choice, np.int32)
+        self.constants = Constants(images, labels, *devices.replicate((teacher, branches)))
         self.steps_per_epoch = steps_per_epoch(stage, len(source.train))
         # Images that are read as they are needed come batch by batch.
         length = 1 if self.feed.streamed else options.steps_per_dispatch

@@ -298,7 +298,7 @@ def loss_of(network: Any, variables: dict[str, Any]) -> Callable[[Any], jax.Arra
 def test_blocks_computed_twice_keep_less_for_the_backward_pass(kind: str) -> None:
     network, variables = small_network(kind, REAL)
     if not getattr(network, "has_blocks", False):
-        with pytest.raises(ValueError, match="remat with network .*: accepted with networks that are made of blocks"):
+        with pytest.raises(ValueError, match=r"remat with network .*: accepted with networks that are made of blocks"):
             networks.build(SMALL[kind], REAL, num_classes=3, remat=True)
         return
     again = networks.build(SMALL[kind], REAL, num_classes=3, remat=True)
