@@ -12,8 +12,9 @@ import numpy as np
 
 from bnn_jax import data, distributed, methods, networks, objectives, run_folder
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ImageSource, Split, index_plan
+from bnn_jax.data.base import ImageSource, Split
 from bnn_jax.data.folds import Folds, make_folds
+from bnn_jax.data.order import index_plan
 from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.objectives import Objective

@@ -1,6 +1,6 @@
 """Data sources: a table of loaders, and one function that turns a ``DataSpec`` into images.
 
-Reading order: ``base`` (what a source is, order of images), ``tfds_source``, ``digits``, ``synthetic`` (where images
+Reading order: ``base`` (what a source is), ``order`` (of images), ``tfds_source``, ``digits``, ``synthetic`` (where images
 that lie in memory come from), ``streaming``, ``crops``, ``imagenet``, ``resized`` (images that are read while
 training), ``augment`` (what happens to all of them inside the training step), ``prepare`` (from downloads to a TFDS
 folder, and from ImageNet's files to resized pixels).
@@ -19,13 +19,10 @@ from bnn_jax.data.base import (
     ImageSource,
     LoadedImages,
     LoadRequest,
-    Purpose,
     Split,
     fingerprint,
-    index_plan,
-    sequential_plan,
-    stratified_choice,
 )
+from bnn_jax.data.order import Purpose, index_plan, sequential_plan, stratified_choice
 from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec

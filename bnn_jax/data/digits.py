@@ -5,7 +5,8 @@ It lets the whole pipeline be tried anywhere. Results on it say nothing about th
 
 import numpy as np
 
-from bnn_jax.data.base import LoadedImages, LoadRequest, Purpose, Split, limit, permutation, stratified_choice
+from bnn_jax.data.base import LoadedImages, LoadRequest, Split, limit
+from bnn_jax.data.order import Purpose, permutation, stratified_choice
 from bnn_jax.errors import DataError
 
 NUM_TEST = 360  # a fifth of the 1,797 images

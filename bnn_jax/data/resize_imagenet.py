@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bnn_jax.data import crops, imagenet, resized
-from bnn_jax.data.base import Purpose, permutation
+from bnn_jax.data.order import Purpose, permutation
 from bnn_jax.data.streaming import Records, corrupt_image
 from bnn_jax.errors import DataError
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bnn_jax.data import crops
-from bnn_jax.data.base import Purpose, random_bits
+from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.errors import DataError
 
 # Images read at once by a thread or process: so many that handing them on costs little beside decoding them, so few

@@ -6,7 +6,8 @@ a few steps, so a smoke run shows that learning works. Accuracies on them mean n
 
 import numpy as np
 
-from bnn_jax.data.base import LoadedImages, LoadRequest, Purpose, Split, limit, permutation, random_bits
+from bnn_jax.data.base import LoadedImages, LoadRequest, Split, limit
+from bnn_jax.data.order import Purpose, permutation, random_bits
 from bnn_jax.errors import DataError
 
 PATTERN_SIZE = 8  # cells of a pattern per side

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax.data.base import ImageSource, index_plan
+from bnn_jax.data.base import ImageSource
+from bnn_jax.data.order import index_plan
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.stages import Stage
 from bnn_jax.training import metrics

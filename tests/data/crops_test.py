@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from bnn_jax.data import crops
-from bnn_jax.data.base import Purpose, random_bits
+from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.errors import DataError
 from tests.data import makers
 

@@ -12,7 +12,7 @@ import pytest
 
 from bnn_jax import data
 from bnn_jax.data import crops, streaming
-from bnn_jax.data.base import Purpose, random_bits
+from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
 from tests.data import makers

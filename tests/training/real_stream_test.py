@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bnn_jax import networks
-from bnn_jax.data.base import index_plan
+from bnn_jax.data.order import index_plan
 from bnn_jax.objectives import Batch
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import QuantSpec, spec

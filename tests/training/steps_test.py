@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnn_jax.data.base import index_plan
+from bnn_jax.data.order import index_plan
 from bnn_jax.objectives import Batch, Objective, Outputs
 from bnn_jax.objectives.base import masked_mean
 from bnn_jax.objectives.classification import CrossEntropy

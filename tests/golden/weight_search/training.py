@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnn_jax.data.base import sequential_plan
+from bnn_jax.data.order import sequential_plan
 from bnn_jax.layers import BatchNorm, QuantConv, QuantDense
 from bnn_jax.networks.base import NetworkOutput, global_average_pool
 from bnn_jax.objectives.classification import CrossEntropy
