@@ -8,8 +8,8 @@ from collections.abc import Sequence
 USAGE = """\
 usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
 
-  --config=FILE          config, e.g. configs/quickstart.py; FILE:smoke runs two steps per stage
-                         on generated images
+  --config=FILE          config, e.g. configs/quickstart.py; FILE:smoke runs two steps per epoch
+                         on generated images, FILE:smoke_real on a few of its own data set
   --config.KEY=VALUE     replaces one value, e.g. --config.train.batch_size=64
                          --config.data.data_dir=DIR  (keys: configs/common.py)
   --workdir=DIR          run folder (default runs/<config name>)

@@ -1,9 +1,9 @@
 """Data sources: a table of loaders, and one function that turns a ``DataSpec`` into images.
 
-Reading order: ``base`` (what a source is), ``order`` (of images), ``tfds_source``, ``digits``, ``synthetic`` (where images
-that lie in memory come from), ``streaming``, ``crops``, ``imagenet``, ``resized`` (images that are read while
-training), ``augment`` (what happens to all of them inside the training step), ``prepare`` (from downloads to a TFDS
-folder, and from ImageNet's files to resized pixels).
+Reading order: ``base`` (what a source is), ``order`` (in which images are visited), ``tfds_source``, ``digits``,
+``synthetic`` (where images that lie in memory come from), ``streaming``, ``crops``, ``imagenet``, ``resized`` (images
+that are read while training), ``augment`` (what happens to all of them inside the training step), ``prepare`` (from
+downloads to a TFDS folder, and from ImageNet's files to resized pixels).
 """
 
 import dataclasses
