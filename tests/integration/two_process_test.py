@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import makers
 from tests.integration.devices_test import QUANTIZED_TOLERANCE, assert_close
 from tests.integration.launching import (
     SAVE_ALWAYS,
@@ -25,6 +26,7 @@ from tests.integration.launching import (
     start,
     steps,
 )
+from tests.integration.streaming_test import command as streamed_command
 
 # Of seed 1 no value lies within rounding of the edge of an activation, see devices_test.py.
 COMMAND = (*TWO_RUNGS, "--config.seed=1")
@@ -167,6 +169,22 @@ def test_a_stage_begun_on_two_processes_goes_on_on_one(of_two, tmp_path):
     assert finished.code == 0, finished.stderr
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_close(folder / STAGES[1], of_two[0] / STAGES[1], QUANTIZED_TOLERANCE)
+
+
+def test_two_processes_that_read_their_images_train_as_one_with_two_devices(tmp_path):
+    data_dir = makers.write_imagenet(
+        tmp_path / "data", makers.small_pictures(11, seed=1), makers.small_pictures(3, seed=2)
+    )
+    folders = {name: tmp_path / name for name in ("two", "one")}
+    commands = {
+        name: streamed_command(data_dir, folder, "--config.asbq.epochs=(1,)") for name, folder in folders.items()
+    }
+    finished = together(commands["two"], commands["two"])
+    assert [one.code for one in finished] == [0, 0], finished[0].stderr + finished[1].stderr
+    flags = "--xla_force_host_platform_device_count=2"
+    alone = launch_program(*commands["one"], XLA_FLAGS=flags, **QUICK)
+    assert alone.code == 0, alone.stderr
+    assert_same_run(folders["two"], folders["one"], STAGES[:1])
 
 
 def test_two_processes_with_another_command_each_end_with_one_error(tmp_path):
