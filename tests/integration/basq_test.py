@@ -16,6 +16,7 @@ from tests.integration.launching import (
     assert_same_run,
     launch_here,
     launch_program,
+    launch_well,
     saved_arrays,
     steps,
 )
@@ -38,8 +39,7 @@ SEARCH = "03_search"
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """The folder of a run that nothing interrupted, and what it printed as JSON."""
     folder = tmp_path_factory.mktemp("basq") / "run"
-    finished = launch_here(*SMOKE, f"--workdir={folder}", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*SMOKE, f"--workdir={folder}", "--json")
     assert "Winners" in finished.stdout
     return folder, finished.last_json
 
@@ -97,8 +97,7 @@ def test_fine_tuning_leaves_the_weights_alone(whole):
 
 def test_evaluate_and_report_know_the_winner(whole):
     folder, printed = whole
-    finished = launch_here(*SMOKE, f"--workdir={folder}", "--mode=evaluate", "--stage=finetune_1", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*SMOKE, f"--workdir={folder}", "--mode=evaluate", "--stage=finetune_1", "--json")
     assert finished.last_json["top1"] == printed["winners"]["rows"][1]["test_top1"]
     refused = launch_here(*SMOKE, f"--workdir={folder}", "--mode=evaluate", "--stage=search")
     assert refused.code == 2 and "trains nothing" in refused.error_line
@@ -120,8 +119,7 @@ def test_a_search_killed_in_or_after_a_generation_ends_with_the_same_archive(tmp
     killed = launch_program(*arguments, program="tests/integration/killed.py")
     assert killed.code == -signal.SIGKILL, killed.stderr
     assert not (copied / SEARCH / "result.json").exists()
-    finished = launch_here(*SMOKE, f"--workdir={copied}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*SMOKE, f"--workdir={copied}")
     assert searched(copied) == searched(folder)
 
 
@@ -136,8 +134,7 @@ def test_a_phase_killed_after_its_first_step_goes_on_to_the_same_bits(tmp_path, 
     assert killed.code == -signal.SIGKILL, killed.stderr
     assert steps(copied / stage) == [1]
     assert not (copied / stage / "result.json").exists()
-    finished = launch_here(*SMOKE, f"--workdir={copied}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*SMOKE, f"--workdir={copied}")
     assert "going on from step 1" in finished.stderr
     assert_same_run(copied, folder, (stage,))
 

@@ -15,6 +15,7 @@ from tests.integration.launching import (
     Finished,
     assert_same_run,
     launch_here,
+    launch_well,
     records,
     result,
     rungs,
@@ -153,16 +154,14 @@ def test_evaluate_without_json_prints_a_line_for_people(chain):
 @pytest.mark.parametrize("inside", ["01_w8a8", "01_w8a8/checkpoints", "01_w8a8/checkpoints/2"])
 def test_evaluate_takes_a_checkpoint_and_never_looks_at_the_run_folder(chain, tmp_path, inside):
     arguments = (f"--checkpoint={chain[0] / inside}", "--stage=w8a8", f"--workdir={tmp_path / 'unused'}")
-    finished = launch_here(QUICKSTART, "--mode=evaluate", "--json", *arguments)
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(QUICKSTART, "--mode=evaluate", "--json", *arguments)
     assert finished.last_json["top1"] == result(chain[0] / "01_w8a8")["last_top1"]
     assert finished.last_json["loss"] == pytest.approx(result(chain[0] / "01_w8a8")["last_loss"], rel=1e-6)
     assert not (tmp_path / "unused").exists()
 
 
 def test_summary_names_every_layer_and_the_total(chain, tmp_path):
-    finished = launch_here(QUICKSTART, "--mode=summary", "--stage=w2a2", "--json", f"--workdir={tmp_path / 'unused'}")
-    assert finished.code == 0
+    finished = launch_well(QUICKSTART, "--mode=summary", "--stage=w2a2", "--json", f"--workdir={tmp_path / 'unused'}")
     content = finished.last_json
     paths = [layer["path"] for layer in content["layers"]]
     assert {"conv1", "layer1_0/conv1", "layer3_0/downsample_conv", "fc"} <= set(paths)
@@ -195,8 +194,7 @@ def test_report_has_the_table_and_a_picture(chain):
 
 def test_a_stage_that_is_trained_again_moves_its_old_results_aside(two_rungs, copy_of):
     folder = copy_of(two_rungs)
-    finished = launch_here(*TWO_RUNGS, f"--workdir={folder}", "--stage=w1a1")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*TWO_RUNGS, f"--workdir={folder}", "--stage=w1a1")
     assert "stage w32a32: finished before" in finished.stderr
     assert f"moved {folder / '01_w1a1'} to {folder / '01_w1a1.old-1'}" in finished.stderr
     assert result(folder / "01_w1a1.old-1") == result(two_rungs / "01_w1a1")
@@ -230,8 +228,7 @@ def test_fresh_in_a_new_folder_leaves_nothing_beside_it(tmp_path, no_training):
 
 
 def test_a_held_out_split_chooses_the_best_epoch(tmp_path):
-    finished = launch_here(*rungs(32), "--config.data.validation_fraction=0.25", f"--workdir={tmp_path / 'run'}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*rungs(32), "--config.data.validation_fraction=0.25", f"--workdir={tmp_path / 'run'}")
     content, rows = result(tmp_path / "run" / STAGES[0]), records(tmp_path / "run" / STAGES[0])
     assert content["selection"] == "validation" and content["num_train"] == 12
     best = max(rows, key=lambda row: (row["validation_top1"], -row["epoch"]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import QUICKSTART, TWO_RUNGS, Finished, launch_here, launch_program
+from tests.integration.launching import QUICKSTART, TWO_RUNGS, Finished, launch_program, launch_well
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +20,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
 def two_rungs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two rungs that nothing interrupted."""
     folder = tmp_path_factory.mktemp("two_rungs") / "run"
-    finished = launch_here(*TWO_RUNGS, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*TWO_RUNGS, f"--workdir={folder}")
     return folder
 
 

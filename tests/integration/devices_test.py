@@ -10,8 +10,8 @@ import pytest
 from tests.integration.launching import (
     STAGES,
     TWO_RUNGS,
-    launch_here,
     launch_program,
+    launch_well,
     records,
     result,
     rungs,
@@ -43,8 +43,7 @@ def begun(folder: Path, target: Path) -> Path:
 def on_one(tmp_path_factory) -> Path:
     """Folder of a run on one device."""
     folder = tmp_path_factory.mktemp("one")
-    finished = launch_here(*COMMAND, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*COMMAND, f"--workdir={folder}")
     return folder
 
 
@@ -87,8 +86,7 @@ def test_eight_devices_train_as_one(on_eight, on_one):
 
 
 def test_eight_devices_train_as_one_on_batches_they_cannot_share_evenly(on_eight, tmp_path):
-    finished = launch_here(*ODD_BATCHES, f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*ODD_BATCHES, f"--workdir={tmp_path}")
     assert steps(tmp_path / STAGES[0]) == [3]
     assert_close(on_eight / "odd" / STAGES[0], tmp_path / STAGES[0], TOLERANCE)
 
@@ -96,8 +94,7 @@ def test_eight_devices_train_as_one_on_batches_they_cannot_share_evenly(on_eight
 @pytest.mark.parametrize("stage", ["w32a32", "w1a1@best"])
 def test_a_checkpoint_of_eight_devices_is_evaluated_on_one(on_eight, stage):
     folder = on_eight / "two_rungs"
-    finished = launch_here(*COMMAND, f"--workdir={folder}", "--mode=evaluate", f"--stage={stage}", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*COMMAND, f"--workdir={folder}", "--mode=evaluate", f"--stage={stage}", "--json")
     own = folder / STAGES[stage != "w32a32"]
     record = records(own)[result(own)["best_epoch"] if "@best" in stage else -1]
     assert finished.last_json["num_images"] == 8
@@ -107,8 +104,7 @@ def test_a_checkpoint_of_eight_devices_is_evaluated_on_one(on_eight, stage):
 
 def test_a_stage_begun_on_eight_devices_goes_on_on_one(on_eight, on_one, tmp_path):
     folder = begun(on_eight / "two_rungs", tmp_path / "run")
-    finished = launch_here(*COMMAND, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*COMMAND, f"--workdir={folder}")
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_close(folder / STAGES[1], on_one / STAGES[1], QUANTIZED_TOLERANCE)
 

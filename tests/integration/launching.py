@@ -72,6 +72,13 @@ def launch_here(*arguments: str) -> Finished:
     return Finished(code, stdout.getvalue(), stderr.getvalue())
 
 
+def launch_well(*arguments: str) -> Finished:
+    """Runs the command line in this process, which must succeed."""
+    finished = launch_here(*arguments)
+    assert finished.code == 0, finished.stderr
+    return finished
+
+
 def start(*arguments: str, program: str = "launch.py", **environment: str) -> subprocess.Popen:
     """Starts a program of the checkout in a process of its own."""
     return subprocess.Popen(

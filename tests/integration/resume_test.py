@@ -17,6 +17,7 @@ from tests.integration.launching import (
     damage,
     launch_here,
     launch_program,
+    launch_well,
     records,
     rungs,
     start,
@@ -49,8 +50,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path, 
     killed("saving", 2, tmp_path)  # a checkpoint is half written
     assert steps(second) == [] and list((second / "checkpoints").iterdir())
 
-    finished = launch_here(*TWO_RUNGS, f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*TWO_RUNGS, f"--workdir={tmp_path}")
     assert "stage w32a32: finished before" in finished.stderr
     assert_same_run(tmp_path, two_rungs)
     # Nothing half written is left.
@@ -60,8 +60,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path, 
 def test_a_result_that_was_not_written_is_made_from_the_last_checkpoint(two_rungs, copy_of):
     folder = copy_of(two_rungs)
     (folder / STAGES[1] / "result.json").unlink()
-    finished = launch_here(*TWO_RUNGS, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*TWO_RUNGS, f"--workdir={folder}")
     assert "stage w1a1: going on from step 4" in finished.stderr and "epoch 2/2" not in finished.stderr
     assert_same_run(folder, two_rungs)
 
@@ -70,8 +69,7 @@ def test_with_the_newest_checkpoint_damaged_the_one_before_is_used(two_rungs, co
     folder = copy_of(two_rungs)
     (folder / STAGES[1] / "result.json").unlink()
     damage(folder / STAGES[1] / "checkpoints" / "4" / "params")
-    finished = launch_here(*TWO_RUNGS, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*TWO_RUNGS, f"--workdir={folder}")
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_same_run(folder, two_rungs)
 
@@ -108,8 +106,7 @@ def test_a_run_stopped_by_signals_ends_as_if_nothing_had_happened(tmp_path, two_
     message = "stage w1a1: stopped and saved at step 2; the same command goes on from there"
     assert stopped.stderr.splitlines()[-1] == message
 
-    finished = launch_here(*command)
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*command)
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_same_run(tmp_path, two_rungs)
 

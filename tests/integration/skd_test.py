@@ -14,6 +14,7 @@ from tests.integration.launching import (
     assert_same_run,
     launch_here,
     launch_program,
+    launch_well,
     records,
     saved_arrays,
     steps,
@@ -29,8 +30,7 @@ TERMS = {"squared_hinge", "feature_swap", "label_bank", "cluster"}
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("skd") / "run"
-    finished = launch_here(*MLP, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*MLP, f"--workdir={folder}")
     return folder
 
 
@@ -51,15 +51,13 @@ def test_a_run_killed_while_the_bank_teaches_goes_on_to_the_same_bits(tmp_path, 
     assert np.abs(saved["objective_state/label_bank/bank"]).max() > 0
     assert saved["objective_state/label_bank/known"].any()
     assert saved["objective_state/label_bank/epochs"] == 1
-    finished = launch_here(*MLP, f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*MLP, f"--workdir={tmp_path}")
     assert "stage train: going on from step 3" in finished.stderr
     assert_same_run(tmp_path, whole, (STAGE,))
 
 
 def test_gradient_norms_are_recorded_on_demand(tmp_path, whole):
-    finished = launch_here(*MLP, "--config.skd.log_gradient_norms=True", f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*MLP, "--config.skd.log_gradient_norms=True", f"--workdir={tmp_path}")
     second, plain = records(tmp_path / STAGE)[1], records(whole / STAGE)[1]
     norms = {name: value for name, value in second.items() if name.startswith("gradient_norm/")}
     assert {name.removeprefix("gradient_norm/") for name in norms} == TERMS
@@ -70,8 +68,7 @@ def test_gradient_norms_are_recorded_on_demand(tmp_path, whole):
 
 def test_report_draws_the_label_bank_and_the_features(whole):
     pytest.importorskip("matplotlib")
-    finished = launch_here(*MLP, f"--workdir={whole}", "--mode=report", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*MLP, f"--workdir={whole}", "--mode=report", "--json")
     names = ["chain.png", "accuracies.png", "label_bank.png", "features.png"]
     assert finished.last_json["pictures"] == [str(whole / name) for name in names]
     assert finished.last_json["picture"] == str(whole / "chain.png")
@@ -85,8 +82,7 @@ def test_report_goes_on_without_a_picture_that_cannot_be_drawn(tmp_path, whole):
     pytest.importorskip("matplotlib")
     three_images = (*MLP, "--config.data.num_eval=3", f"--workdir={tmp_path}")
     assert launch_here(*three_images).code == 0
-    finished = launch_here(*three_images, "--mode=report", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*three_images, "--mode=report", "--json")
     names = [Path(path).name for path in finished.last_json["pictures"]]
     assert names == ["chain.png", "accuracies.png", "label_bank.png"]
     assert "no features.png of stage train: " in finished.stderr and "there are 3" in finished.stderr
@@ -95,7 +91,7 @@ def test_report_goes_on_without_a_picture_that_cannot_be_drawn(tmp_path, whole):
 
 @pytest.mark.slow
 def test_the_terms_can_be_added_to_the_last_rung_of_another_method(tmp_path):
-    finished = launch_here(
+    launch_well(
         f"--config={ROOT / 'configs' / 'asbq_skd_resnet20.py'}:smoke",
         "--config.network=resnet8",
         "--config.data.image_size=16",
@@ -104,7 +100,6 @@ def test_the_terms_can_be_added_to_the_last_rung_of_another_method(tmp_path):
         "--config.asbq.epochs=(2,)",
         f"--workdir={tmp_path}",
     )
-    assert finished.code == 0, finished.stderr
     first, last = (records(tmp_path / name)[-1] for name in ("00_w32a32", "01_w1a1"))
     added = {"loss/feature_swap", "loss/label_bank", "loss/cluster"}
     assert not added & set(first)

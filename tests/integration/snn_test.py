@@ -20,6 +20,7 @@ from tests.integration.launching import (
     assert_same_run,
     launch_here,
     launch_program,
+    launch_well,
     records,
     result,
     saved_arrays,
@@ -46,8 +47,7 @@ STAGES = ("00_teacher", "01_binary_activations", "02_sub_bit")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("snn") / "run"
-    finished = launch_here(*CHAIN, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*CHAIN, f"--workdir={folder}")
     return folder
 
 
@@ -110,16 +110,14 @@ def test_a_run_killed_between_two_refinements_goes_on_to_the_same_bits(tmp_path,
     # The codebooks' own clock: refined once, in step 2, and then one step without a gradient.
     counts = {path: value for path, value in before.items() if path.startswith("opt_state/") and path.endswith("count")}
     assert {int(value) for value in counts.values()} == {2, 3}
-    finished = launch_here(*CHAIN, f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*CHAIN, f"--workdir={tmp_path}")
     assert "stage sub_bit: going on from step 3" in finished.stderr
     assert_same_run(tmp_path, whole, STAGES)
 
 
 @pytest.mark.slow
 def test_a_teacher_out_of_a_file_teaches_as_the_stage_does(tmp_path, whole):
-    finished = launch_here(*CHAIN, f"--config.snn.teacher=file:{whole / STAGES[0]}", f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*CHAIN, f"--config.snn.teacher=file:{whole / STAGES[0]}", f"--workdir={tmp_path}")
     for stage in STAGES[1:]:
         here = tmp_path / f"{int(stage[:2]) - 1:02d}{stage[2:]}"
         assert records(here) == records(whole / stage)
@@ -144,8 +142,7 @@ def test_evaluation_changes_nothing(whole):
 @pytest.mark.slow
 def test_the_last_step_can_be_taught_by_itself_too(tmp_path):
     config = f"--config={ROOT / 'configs' / 'snn_skd_resnet20.py'}:smoke"
-    finished = launch_here(config, *FLAGS, f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    launch_well(config, *FLAGS, f"--workdir={tmp_path}")
     first, last = (records(tmp_path / stage)[-1] for stage in STAGES[1:])
     added = {"loss/feature_swap", "loss/label_bank", "loss/cluster"}
     assert not added & set(first)

@@ -14,6 +14,7 @@ from tests.integration.launching import (
     assert_same_run,
     launch_here,
     launch_program,
+    launch_well,
     records,
     result,
     saved_arrays,
@@ -54,8 +55,7 @@ def command(data_dir: Path, folder: Path, *more: str) -> tuple[str, ...]:
 def whole(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("streamed") / "run"
-    finished = launch_here(*command(data_dir, folder))
-    assert finished.code == 0, finished.stderr
+    launch_well(*command(data_dir, folder))
     return folder
 
 
@@ -71,8 +71,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(data_di
     killed = launch_program("saved", str(saved), *arguments, program="tests/integration/killed.py")
     assert killed.code == -signal.SIGKILL, killed.stderr
     assert steps(tmp_path / "run" / STAGE)[-1] == saved
-    finished = launch_here(*command(data_dir, tmp_path / "run"))
-    assert finished.code == 0, finished.stderr
+    launch_well(*command(data_dir, tmp_path / "run"))
     assert_same_run(tmp_path / "run", whole, (STAGE,))
 
 
@@ -85,8 +84,7 @@ def test_the_config_says_how_many_processes_read(data_dir, whole, tmp_path, monk
         return original(self, indices, **options)
 
     monkeypatch.setattr(StreamedSplit, "batches", in_threads)
-    finished = launch_here(*command(data_dir, tmp_path / "run", "--config.data.workers=3"))
-    assert finished.code == 0, finished.stderr
+    launch_well(*command(data_dir, tmp_path / "run", "--config.data.workers=3"))
     # The first images are looked at once; then both epochs are trained and evaluated.
     assert asked == [0, 3, 3, 3, 3]
     assert_same_run(tmp_path / "run", whole, (STAGE,))
@@ -114,8 +112,7 @@ def test_a_damaged_image_is_one_line(tmp_path):
 
 
 def test_evaluation_reads_the_test_images_only(data_dir, whole):
-    finished = launch_here(*command(data_dir, whole, "--mode=evaluate", "--json"))
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*command(data_dir, whole, "--mode=evaluate", "--json"))
     assert finished.last_json["num_images"] == 6
     assert finished.last_json["loss"] == pytest.approx(records(whole / STAGE)[-1]["test_loss"], rel=1e-6)
 

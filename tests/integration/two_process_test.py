@@ -20,8 +20,8 @@ from tests.integration.launching import (
     TWO_RUNGS,
     Finished,
     assert_same_run,
-    launch_here,
     launch_program,
+    launch_well,
     records,
     start,
     steps,
@@ -145,8 +145,7 @@ def test_two_processes_of_which_one_is_killed_and_one_stopped_end_as_if_nothing_
 
 def test_a_checkpoint_of_two_processes_is_evaluated_on_one(of_two):
     folder, _ = of_two
-    finished = launch_here(*COMMAND, f"--workdir={folder}", "--mode=evaluate", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*COMMAND, f"--workdir={folder}", "--mode=evaluate", "--json")
     record = records(folder / STAGES[1])[-1]
     assert finished.last_json["top1"] == record["test_top1"]
     # Sums over the images in another order.
@@ -165,8 +164,7 @@ def test_a_stage_begun_on_two_processes_goes_on_on_one(of_two, tmp_path):
     folder = Path(shutil.copytree(of_two[0], tmp_path / "run"))
     (folder / STAGES[1] / "result.json").unlink()
     shutil.rmtree(folder / STAGES[1] / "checkpoints" / "4")
-    finished = launch_here(*COMMAND, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*COMMAND, f"--workdir={folder}")
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_close(folder / STAGES[1], of_two[0] / STAGES[1], QUANTIZED_TOLERANCE)
 

@@ -15,6 +15,7 @@ from tests.integration.launching import (
     assert_same_run,
     launch_here,
     launch_program,
+    launch_well,
     records,
     result,
     saved_arrays,
@@ -36,8 +37,7 @@ SEARCHED = {f"layer{stage}_0/conv{index}" for stage in (1, 2, 3) for index in (1
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a chain that nothing interrupted."""
     folder = tmp_path_factory.mktemp("weight_search") / "run"
-    finished = launch_here(*CHAIN, f"--workdir={folder}")
-    assert finished.code == 0, finished.stderr
+    launch_well(*CHAIN, f"--workdir={folder}")
     return folder
 
 
@@ -47,8 +47,7 @@ def ternary(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("weight_search") / "run"
     switches = ("values=(-1.0,0.0,1.0)", "soft=True", "noise=1.0", "noise_rate=0.5", "quantize_last=True")
     arguments = (*SMALL, *(f"--config.weight_search.{switch}" for switch in switches), f"--workdir={folder}")
-    finished = launch_here(*arguments)
-    assert finished.code == 0, finished.stderr
+    launch_well(*arguments)
     return arguments
 
 
@@ -110,8 +109,7 @@ def test_a_chain_killed_in_its_second_bit_goes_on_to_the_same_bits(tmp_path, cha
     assert killed.code == -signal.SIGKILL, killed.stderr
     assert steps(tmp_path / "01_bit_1")[-1] == 3
     assert not (tmp_path / "01_bit_1" / "weights.npz").exists()
-    finished = launch_here(*CHAIN, f"--workdir={tmp_path}")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*CHAIN, f"--workdir={tmp_path}")
     assert "stage bit_1: going on from step 3" in finished.stderr
     assert_same_run(tmp_path, chain, STAGES)
     for stage in STAGES:
@@ -133,8 +131,7 @@ def test_a_list_of_values_on_the_command_line_is_searched(ternary):
 
 
 def test_evaluation_needs_no_random_number_and_repeats_the_last_epoch(ternary):
-    finished = launch_here(*ternary, "--mode=evaluate", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*ternary, "--mode=evaluate", "--json")
     last = result(Path(ternary[-1].removeprefix("--workdir=")) / "00_search")
     assert finished.last_json["top1"] == last["last_top1"]
     assert finished.last_json["loss"] == pytest.approx(last["last_loss"], rel=1e-6)
@@ -142,8 +139,7 @@ def test_evaluation_needs_no_random_number_and_repeats_the_last_epoch(ternary):
 
 def test_report_draws_the_accuracies(ternary):
     pytest.importorskip("matplotlib")
-    finished = launch_here(*ternary, "--mode=report", "--json")
-    assert finished.code == 0, finished.stderr
+    finished = launch_well(*ternary, "--mode=report", "--json")
     assert [Path(path).name for path in finished.last_json["pictures"]] == ["chain.png", "accuracies.png"]
     with PIL.Image.open(finished.last_json["pictures"][1]) as image:
         assert min(image.size) > 500
