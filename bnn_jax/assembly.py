@@ -68,15 +68,22 @@ class Run:
         """The stage's images, in memory."""
         return _load_data(stage.data, self.config["data"]["data_dir"], self.config["seed"])
 
-    def network(self, stage: Stage, *, num_classes: int) -> Any:
-        """The stage's network, a Linen module."""
+    def network(self, stage: Stage, *, num_classes: int, trained: bool = False) -> Any:
+        """The stage's network, a Linen module.
+
+        Args:
+          stage: the stage.
+          num_classes: outputs.
+          trained: whether it is the one that training steps differentiate, which ``stage.remat`` is about. The others
+            can be looked into: what is computed a second time hides its values.
+        """
         try:
             return networks.build(
                 stage.network,
                 stage.quant,
                 num_classes=num_classes,
                 compute_dtype=stage.compute_dtype,
-                remat=stage.remat,
+                remat=trained and stage.remat,
             )
         except ValueError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
@@ -190,6 +197,7 @@ class Assembly:
       stage: the stage.
       source: its images.
       schedule: its learning rate by step.
+      network: its network, for all but the training steps.
       parts: what its training step is made of.
       shapes: shapes of the network's variables.
     """
@@ -197,13 +205,9 @@ class Assembly:
     stage: Stage
     source: ImageSource
     schedule: Schedule
+    network: Any
     parts: StepParts
     shapes: dict[str, Any]
-
-    @property
-    def network(self) -> Any:
-        """The stage's network."""
-        return self.parts.network
 
     def state_shapes(self, devices: Devices) -> TrainState:
         """Shapes of the training state, for restoring one."""
@@ -236,7 +240,7 @@ def assemble(run: Run, stage: Stage, source: ImageSource) -> Assembly:
     schedule = schedules.build(stage.optim.learning_rate, **timing)
     terms = build_objectives(stage)
     parts = StepParts(
-        network=network,
+        network=run.network(stage, num_classes=source.num_classes, trained=True),
         objectives=terms,
         optimizer=make_optimizer(
             stage.optim,
@@ -260,7 +264,7 @@ def assemble(run: Run, stage: Stage, source: ImageSource) -> Assembly:
         choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,
         accumulation_steps=stage.optim.accumulation_steps,
     )
-    return Assembly(stage=stage, source=source, schedule=schedule, parts=parts, shapes=shapes)
+    return Assembly(stage=stage, source=source, schedule=schedule, network=network, parts=parts, shapes=shapes)
 
 
 def _teacher_network(run: Run, stage: Stage, source: ImageSource) -> Any:

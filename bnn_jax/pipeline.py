@@ -99,6 +99,8 @@ def check(run: Run) -> None:
     for stage in run.stages:
         _check_files(stage)
         build_objectives(stage)
+        if stage.kind == "train":
+            run.network(stage, num_classes=data.describe(stage.data)[1], trained=True)
         # Tracing a large network takes seconds, and many stages may share one.
         key = (stage.network, stage.quant, data.describe(stage.data), stage.compute_dtype)
         if key not in built:

@@ -233,3 +233,23 @@ def test_a_held_out_split_chooses_the_best_epoch(tmp_path):
     assert content["selection"] == "validation" and content["num_train"] == 12
     best = max(rows, key=lambda row: (row["validation_top1"], -row["epoch"]))
     assert (content["best_epoch"], content["best_top1"]) == (best["epoch"], best["test_top1"])
+
+
+@pytest.mark.slow
+def test_a_chain_runs_where_memory_is_short(tmp_path):
+    finished = launch_well(
+        *TWO_RUNGS, "--config.train.remat=True", "--config.train.accumulation_steps=2", f"--workdir={tmp_path}"
+    )
+    assert "w1a1: epoch 2/2" in finished.stderr
+    # What looks into the finished network sees its values.
+    assert result(tmp_path / STAGES[1])["level_bits"] is not None and (tmp_path / STAGES[1] / "weights.npz").exists()
+
+
+def test_computing_twice_is_refused_for_networks_without_blocks_before_training(tmp_path):
+    options = ("--config.network=vgg_small", "--config.train.remat=True", f"--workdir={tmp_path / 'run'}")
+    finished = launch_here(*TWO_RUNGS, *options)
+    assert finished.code == 2
+    assert finished.error_line == (
+        "error: stage w32a32: remat with network 'vgg_small': accepted with networks that are made of blocks"
+    )
+    assert not (tmp_path / "run").exists()
