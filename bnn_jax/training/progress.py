@@ -19,6 +19,11 @@ def _has_bar() -> bool:
     return sys.stderr.isatty() and distributed.is_first()
 
 
+def speed_text(images_per_second: float) -> str:
+    """'1,234 img/s', and '0.4 img/s' where whole numbers would say too little."""
+    return f"{images_per_second:,.{0 if images_per_second >= 10 else 1}f} img/s"
+
+
 class Progress:
     """Shows how far a stage is.
 
@@ -52,7 +57,8 @@ class Progress:
     def update(self, *, step: int, epoch: int, images_per_second: float, loss: float, top1: float) -> None:
         """Shows the state after ``step`` steps; ``loss`` and ``top1`` (percent) are means of the epoch so far."""
         self.step = step
-        status = f"epoch {epoch + 1}/{self.epochs}  {images_per_second:,.0f} img/s  loss {loss:.3f}  top-1 {top1:.1f} %"
+        speed = speed_text(images_per_second)
+        status = f"epoch {epoch + 1}/{self.epochs}  {speed}  loss {loss:.3f}  top-1 {top1:.1f} %"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif time.monotonic() - self._last_shown >= PLAIN_LOG_SECONDS:
@@ -65,7 +71,7 @@ class Progress:
         line = (
             f"{self.title}: epoch {record['epoch'] + 1}/{self.epochs}  train loss {record['train_loss']:.4f}  "
             f"train top-1 {record['train_top1']:.2f} %  test top-1 {record['test_top1']:.2f} %  "
-            f"{record['images_per_second']:,.0f} img/s  {self.time_left()} left"
+            f"{speed_text(record['images_per_second'])}  {self.time_left()} left"
         )
         self.say(line)
 

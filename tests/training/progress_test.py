@@ -3,7 +3,7 @@ import re
 import pytest
 
 from bnn_jax.training import progress as progress_module
-from bnn_jax.training.progress import Progress
+from bnn_jax.training.progress import Progress, speed_text
 
 RECORD = {"epoch": 1, "train_loss": 0.5, "train_top1": 80.0, "test_top1": 75.25, "images_per_second": 1234.5}
 
@@ -70,3 +70,10 @@ def test_of_several_processes_only_the_first_shows_anything(capsys, monkeypatch)
         shown.update(step=1, epoch=0, images_per_second=1.0, loss=1.0, top1=0.0)
         shown.say("a line")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"), [(1234.4, "1,234 img/s"), (10.0, "10 img/s"), (9.96, "10.0 img/s"), (0.42, "0.4 img/s")]
+)
+def test_slow_training_is_shown_with_a_decimal(speed, text):
+    assert speed_text(speed) == text
