@@ -302,11 +302,12 @@ def _searched_values(values: Any) -> str | tuple[float, ...]:
 
 def suggest(key: str, schema: Mapping[str, Any]) -> str:
     """What might have been meant by an unknown dotted key."""
+    in_section = sorted(name for name in schema if name.startswith(key.split(".")[0] + "."))
     close = difflib.get_close_matches(key, schema, n=1)
-    if close:
+    # The name of a section alone is close to those of its shortest keys, which says nothing.
+    if close and not ("." not in key and in_section):
         return f"did you mean config.{close[0]}?"
-    section = key.split(".")[0] + "."
-    return f"accepted are {', '.join(sorted(name for name in schema if name.startswith(section)) or sorted(schema))}"
+    return f"accepted are {', '.join(in_section or sorted(schema))}"
 
 
 def _check(key: str, value: Any, rule: Key) -> Any:

@@ -75,7 +75,10 @@ def refused(finished: Finished) -> str:
         ((QUICKSTART, "--stage=w3a3"), ["--stage=w3a3", "accepted are w32a32, w8a8, w4a4, w2a2, w1a1"]),
         # data that are not there, or do not fit
         ((RESNET20, "--config.data.image_size=16"), ["config.data.image_size=16", "cifar10 has no such option"]),
-        ((IMAGENET,), ["config.data.name='imagenet2012'", ":smoke"]),
+        (
+            (IMAGENET, "--config.data.data_dir=/no/such/folder"),
+            ["imagenet2012 is not prepared in /no/such/folder", "config.data.name='imagenet2012_resized'"],
+        ),
         ((QUICKSTART, "--config.data.num_train=100000"), ["config.data.num_train=100000", "accepted are 1 to "]),
         ((QUICKSTART, "--config.data.validation_fraction=0.01"), ["config.data.validation_fraction=0.01"]),
         (
