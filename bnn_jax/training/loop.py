@@ -30,8 +30,10 @@ from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.steps import Constants, StepParts, compile_end_of_epoch, compile_train_steps
 
-# Dispatches that may be under way at once: enough to hide the host's work, few enough to stop quickly.
+# Dispatches that may be under way at once: enough to hide the host's work. Behind slow ones there is nothing to hide, and
+# each that is under way delays a stop.
 DISPATCHES_AHEAD = 2
+SLOW_DISPATCH_SECONDS = 0.5
 MOST_STEPS_PER_DISPATCH = 100
 
 
@@ -204,7 +206,7 @@ class StageLoop:
     ) -> TrainState:
         step = int(state.step)
         sums: dict[str, float] = collections.defaultdict(float)
-        previous = time.monotonic()
+        previous, seconds = time.monotonic(), 0.0
         dispatches = self._dispatches(epoch, step - epoch * self.steps_per_epoch)
         for dispatch in dispatches:
             if stop.agreed():
@@ -214,10 +216,10 @@ class StageLoop:
             state, dispatch_metrics = self.run_steps(state, self.constants, dispatch.rows, dispatch.mask)
             self._pending.append((step, dispatch_metrics))
             step += dispatch.steps
-            self._collect(sums, ahead=0 if compiled else DISPATCHES_AHEAD)
+            self._collect(sums, ahead=0 if compiled or seconds > SLOW_DISPATCH_SECONDS else DISPATCHES_AHEAD)
             now = time.monotonic()
-            clock.add(now - previous, dispatch.images, compiled=compiled)
-            previous = now
+            seconds, previous = now - previous, now
+            clock.add(seconds, dispatch.images, compiled=compiled)
             self._show(progress, step, epoch, clock, sums)
             # The end of an epoch is saved after its evaluation, not here.
             at_end = step == (epoch + 1) * self.steps_per_epoch

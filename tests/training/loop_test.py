@@ -215,6 +215,24 @@ def test_dispatches_are_aligned_to_the_start_of_the_epoch(tmp_path):
     np.testing.assert_array_equal(rest, whole_epoch[1:])
 
 
+@pytest.mark.parametrize(("slow_seconds", "ahead"), [(-1.0, [0, 0, 0, 0, 0, 0]), (1000.0, [0, 0, 1, 0, 1, 2])])
+def test_no_step_is_under_way_before_a_slow_one_so_that_a_stop_comes_soon(tmp_path, monkeypatch, slow_seconds, ahead):
+    monkeypatch.setattr(loop_module, "SLOW_DISPATCH_SECONDS", slow_seconds)
+    run, found = Run(tmp_path), []
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        loop = run.make_loop(store)
+        run_steps = loop.run_steps
+
+        def counting(*arguments: Any) -> Any:
+            found.append(len(loop._pending))
+            return run_steps(*arguments)
+
+        monkeypatch.setattr(loop, "run_steps", counting)
+        loop.fit(tiny.state(PARTS), StopAfter(math.inf))
+    # The first dispatch compiles and is waited for; each of the two epochs begins with none.
+    assert found == ahead
+
+
 # ---- stopping and going on. The loop looks for a signal before each of the 3 steps and of the 2 + 2 batches of test
 # and validation, so an epoch has 7 looks.
 
