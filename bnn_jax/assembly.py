@@ -18,7 +18,7 @@ from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.objectives import Objective
 from bnn_jax.stages import QuantSpec, Stage, parse_choice, parse_reference
-from bnn_jax.training import create, projections, schedules
+from bnn_jax.training import create, projections, schedules, seeds
 from bnn_jax.training.checkpoint import CheckpointStore, describe
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
@@ -27,6 +27,7 @@ from bnn_jax.training.loop import steps_per_epoch
 from bnn_jax.training.optim import make_optimizer
 from bnn_jax.training.realised import encoded_weights, put_base
 from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.seeds import Seeds
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.steps import StepParts, needs_teacher, uniform_choice
 
@@ -37,12 +38,35 @@ class Run:
     Attributes:
       config: validated config.
       folder: run folder.
-      stages: the chain.
+      stages: the chain; with several seeds, that of the first one.
     """
 
     def __init__(self, config: Mapping[str, Any], folder: Path):
         self.config, self.folder = config, Path(folder)
         self.stages: tuple[Stage, ...] = methods.build(config)
+
+    @property
+    def num_seeds(self) -> int:
+        """Number of seeds that are trained side by side; their checkpoints hold variables stacked (N, ...)."""
+        return self.config["num_seeds"]
+
+    def alone(self, index: int, loaded: dict[str, Any] | None = None) -> "Run":
+        """The run of one of the seeds as it would be without the others; it reads its part of what they share.
+
+        Args:
+          index: place of the seed, from 0.
+          loaded: variables that were read for other seeds, by reference; added to.
+        """
+        return self if self.num_seeds == 1 else _OneOfSeeds(self, index, {} if loaded is None else loaded)
+
+    def seeds_of(self, stage: Stage) -> Seeds:
+        """The seeds of a stage."""
+        runs = [self.alone(index) for index in range(self.num_seeds)]
+        return Seeds(
+            names=tuple(run.config["seed"] for run in runs),
+            orders=tuple(run.find(stage.name).seed for run in runs),
+            own_teachers=stage.teacher is not None and parse_reference(stage.teacher).kind == "stage",
+        )
 
     def find(self, name: str) -> Stage:
         """The stage of that name.
@@ -85,7 +109,10 @@ class Run:
 
         Args:
           reference: 'stage:NAME', 'stage:NAME@best' or 'file:PATH'.
-          target: shapes of the variables.
+          target: shapes of the variables of one seed.
+
+        Returns:
+          The variables; those of a stage are stacked where there are several seeds.
 
         Raises:
           CheckpointError: nothing is saved there, it is damaged, or it is of another network.
@@ -93,6 +120,7 @@ class Run:
         parsed = parse_reference(reference)
         if parsed.kind == "file":
             return load_checkpoint(Path(parsed.target), target)
+        target = seeds.stack_shapes(target, self.num_seeds)
         with CheckpointStore(self.checkpoints(self.find(parsed.target)), read_only=True) as store:
             return store.restore_variables(target, which=parsed.which)[0]
 
@@ -123,6 +151,20 @@ class Run:
         stage = self.find(parsed.target) if parsed.kind == "stage" else default
         network = self.network(stage, num_classes=source.num_classes)
         return network, self.load_variables(reference, create.variable_shapes(network, source.image_shape))
+
+
+class _OneOfSeeds(Run):
+    """The run of one of several seeds, within the folder of them all."""
+
+    def __init__(self, together: Run, index: int, loaded: dict[str, Any]):
+        super().__init__({**together.config, "seed": together.config["seed"] + index, "num_seeds": 1}, together.folder)
+        self._together, self._index, self._loaded = together, index, loaded
+
+    def load_variables(self, reference: str, target: dict[str, Any]) -> dict[str, Any]:
+        if reference not in self._loaded:
+            self._loaded[reference] = self._together.load_variables(reference, target)
+        variables = self._loaded[reference]
+        return variables if parse_reference(reference).kind == "file" else seeds.take(variables, self._index)
 
 
 def fold_path(fold: int) -> str:
@@ -205,11 +247,11 @@ class Assembly:
         return self.parts.network
 
     def state_shapes(self, devices: Devices) -> TrainState:
-        """Shapes of the training state, for restoring one."""
+        """Shapes of the training state of one seed, for restoring one."""
         return jax.eval_shape(lambda variables: self.create_state(variables, devices), self.shapes)
 
     def create_state(self, variables: dict[str, Any], devices: Devices) -> TrainState:
-        """The state before the first step."""
+        """The state before the first step, of one seed."""
         return create.create_state(
             variables,
             optimizer=self.parts.optimizer,
@@ -306,6 +348,20 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
 
 
+def initial_state(run: Run, assembly: Assembly, devices: Devices) -> TrainState:
+    """The state before the first step of a stage; of several seeds each one's, stacked."""
+    if run.num_seeds == 1:
+        variables = distributed.values_of_first(initial_variables(run, assembly))
+        return assembly.create_state(variables, devices)
+    loaded: dict[str, Any] = {}
+    states = []
+    for index in range(run.num_seeds):
+        alone = run.alone(index, loaded)
+        own = dataclasses.replace(assembly, stage=alone.find(assembly.stage.name))
+        states.append(own.create_state(initial_variables(alone, own), devices))
+    return devices.replicate(seeds.stack(states))
+
+
 def _images(split: Split | StreamedSplit, indices: np.ndarray) -> np.ndarray:
     """Some images of a split, uint8 (N, H, W, C); where they are read when needed, cropped as in evaluation."""
     return split.images[indices] if isinstance(split, Split) else next(split.batches(indices[None]))[0]
@@ -331,4 +387,5 @@ def make_evaluator(
         devices=devices,
         workers=run.config["data"]["workers"],
         choice=run.evaluated_choice(stage, network),
+        seeds=run.seeds_of(stage),
     )
