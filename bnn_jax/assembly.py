@@ -250,14 +250,16 @@ class Assembly:
         """Shapes of the training state of one seed, for restoring one."""
         return jax.eval_shape(lambda variables: self.create_state(variables, devices), self.shapes)
 
-    def create_state(self, variables: dict[str, Any], devices: Devices) -> TrainState:
-        """The state before the first step, of one seed."""
+    def create_state(
+        self, variables: dict[str, Any], devices: Devices, *, seed: int | tuple[int, ...] | None = None
+    ) -> TrainState:
+        """The state before the first step; of several seeds from stacked variables, None is that of the stage."""
         return create.create_state(
             variables,
             optimizer=self.parts.optimizer,
             objectives=self.parts.objectives,
             num_classes=self.source.num_classes,
-            seed=self.stage.seed,
+            seed=self.stage.seed if seed is None else seed,
             devices=devices,
             log_gradient_norms=self.stage.log_gradient_norms,
             log_train_top5=self.stage.log_train_top5,
@@ -327,8 +329,14 @@ def teacher_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     return run.referenced(assembly.stage.teacher, source=assembly.source, default=default)[1]
 
 
-def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
-    """Variables before the first step: fresh, then copied, then made anew where the stage says so."""
+def initial_variables(run: Run, assembly: Assembly, *, shared: create.Programs | None = None) -> dict[str, Any]:
+    """Variables before the first step: fresh, then copied, then made anew where the stage says so.
+
+    Args:
+      run: the run, of one seed.
+      assembly: the stage.
+      shared: compiled functions that other seeds use too; None compiles them for this one.
+    """
     stage, source = assembly.stage, assembly.source
     indices, _ = index_plan(
         stage.seed,
@@ -338,14 +346,14 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
         drop_last=False,
     )
     images = prepare_eval(jnp.asarray(_images(source.train, indices[0])), mean=source.mean, std=source.std)
-    variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images)
+    variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images, shared=shared)
     if stage.init_from is not None:
         network, copied = run.referenced(stage.init_from, source=source, default=stage)
         fresh = variables
         variables = create.transfer(copied, fresh, collections=stage.transfer, may_be_new=stage.may_be_new)
         if stage.realised_base:
             variables = put_base(variables, fresh, encoded_weights(network, copied, source.image_shape))
-    return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
+    return create.recompute(assembly.network, variables, images, patterns=stage.recompute, shared=shared)
 
 
 def initial_state(run: Run, assembly: Assembly, devices: Devices) -> TrainState:
@@ -354,12 +362,13 @@ def initial_state(run: Run, assembly: Assembly, devices: Devices) -> TrainState:
         variables = distributed.values_of_first(initial_variables(run, assembly))
         return assembly.create_state(variables, devices)
     loaded: dict[str, Any] = {}
-    states = []
+    shared = create.programs(assembly.network)
+    each = []
     for index in range(run.num_seeds):
         alone = run.alone(index, loaded)
         own = dataclasses.replace(assembly, stage=alone.find(assembly.stage.name))
-        states.append(own.create_state(initial_variables(alone, own), devices))
-    return devices.replicate(seeds.stack(states))
+        each.append(initial_variables(alone, own, shared=shared))
+    return assembly.create_state(seeds.stack(each), devices, seed=run.seeds_of(assembly.stage).orders)
 
 
 def _images(split: Split | StreamedSplit, indices: np.ndarray) -> np.ndarray:

@@ -73,7 +73,9 @@ STREAMED_AUGMENTATIONS = ("random_resized_crop_flip", "none")
 SOURCES: dict[str, SourceEntry] = {
     **{name: _tfds_entry(name) for name in tfds_source.RESIDENT_SETS},
     imagenet.NAME: SourceEntry(imagenet.load, _IMAGENET, {"image_size": 224}, streamed=True),
-    imagenet.RESIZED_NAME: SourceEntry(imagenet.load_resized, _IMAGENET, {"image_size": 224, "side": 256}, streamed=True),
+    imagenet.RESIZED_NAME: SourceEntry(
+        imagenet.load_resized, _IMAGENET, {"image_size": 224, "side": 256}, streamed=True
+    ),
     "digits": SourceEntry(digits.load, options={"image_size": 16, "seed": 0}),
     "synthetic": SourceEntry(
         synthetic.load, options={"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}

@@ -264,8 +264,8 @@ class StageLoop:
         good = self.store.latest_step()
         where = f"step {good} in {self.store.directory}" if good is not None else "none was saved yet"
         raise NonFiniteLossError(
-            f"stage {self.stage.name}: the loss{self.seeds.owner(finite)} is not finite at step {step}; last metrics: {last}; "
-            f"last good checkpoint: {where}"
+            f"stage {self.stage.name}: the loss{self.seeds.owner(finite)} is not finite at step {step}; "
+            f"last metrics: {last}; last good checkpoint: {where}"
         )
 
     def _finish_epoch(self, state: TrainState, clock: EpochClock, progress: Progress, stop: StopRequest) -> TrainState:

@@ -386,9 +386,7 @@ def compile_train_steps(
         if length == 1:
             state, metrics = step(state, constants, jax.tree.map(lambda row: row[0], rows), mask[0])
             return state, jax.tree.map(lambda value: value[None], metrics)
-        return jax.lax.scan(
-            lambda carry, xs: step(carry, constants, *xs), state, (rows, mask), unroll=_unroll(length)
-        )
+        return jax.lax.scan(lambda carry, xs: step(carry, constants, *xs), state, (rows, mask), unroll=_unroll(length))
 
     replicated, split = devices.replicated, devices.stacked_rows
     return jax.jit(
