@@ -58,6 +58,8 @@ def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> li
       Interrupted: the run was asked to stop; it is saved.
     """
     check(run)
+    if run.num_seeds > 1 and jax.default_backend() == "cpu":
+        say(f"config.num_seeds={run.num_seeds}: this is for accelerators; on a CPU one run after another is faster")
     again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
     distributed.on_loss(lambda: _last_saved(run))
     with contextlib.ExitStack() as held:
@@ -128,8 +130,6 @@ def check_seeds(run: Run) -> None:
             other = run.alone(index).find(stage.name)
             if dataclasses.replace(other, seed=stage.seed, init_seed=stage.init_seed) != stage:
                 raise UserError(f"{what}: stage {stage.name} of another seed is another stage; accepted is 1")
-    if jax.default_backend() == "cpu":
-        say(f"{what}: this is for accelerators; on a CPU one run after another is faster")
 
 
 def _check_files(stage: Stage) -> None:

@@ -163,7 +163,7 @@ def create_state(
     """
     states = objective_states(objectives, num_classes)
 
-    def make_one(variables: dict[str, Any], key: jax.Array) -> TrainState:
+    def make_one(variables: dict[str, Any], seed: int | jax.Array) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
@@ -172,13 +172,13 @@ def create_state(
             opt_state=optimizer.init(variables["params"]),
             objective_state=states,
             metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms, with_top5=log_train_top5),
-            rng=key,
+            rng=jax.random.key(seed),
         )
 
     def make(variables: dict[str, Any]) -> TrainState:
         if isinstance(seed, int):
-            return make_one(variables, jax.random.key(seed))
-        return jax.vmap(make_one)(variables, jnp.stack([jax.random.key(number) for number in seed]))
+            return make_one(variables, seed)
+        return jax.vmap(make_one)(variables, jnp.asarray(seed, jnp.uint32))
 
     return jax.jit(make, out_shardings=devices.replicated)(variables)
 
