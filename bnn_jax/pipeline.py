@@ -119,8 +119,6 @@ def check_seeds(run: Run) -> None:
     what, count = f"config.num_seeds={run.num_seeds}", jax.device_count()
     if count > 1:
         raise UserError(f"{what}: accepted on {count} devices is 1; CUDA_VISIBLE_DEVICES may name one of them")
-    if run.config["data"]["validation_fraction"] > 0:
-        raise UserError(f"{what}: each seed would hold out other images; accepted is config.data.validation_fraction=0")
     for stage in run.stages:
         if stage.kind == "search":
             raise UserError(f"{what}: stage {stage.name} is a search; accepted with one is 1")
@@ -130,6 +128,8 @@ def check_seeds(run: Run) -> None:
             other = run.alone(index).find(stage.name)
             if dataclasses.replace(other, seed=stage.seed, init_seed=stage.init_seed) != stage:
                 raise UserError(f"{what}: stage {stage.name} of another seed is another stage; accepted is 1")
+    if run.config["data"]["validation_fraction"] > 0:
+        raise UserError(f"{what}: each seed would hold out other images; accepted is config.data.validation_fraction=0")
 
 
 def _check_files(stage: Stage) -> None:
