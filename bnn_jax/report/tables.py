@@ -74,7 +74,8 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """
     selections = sorted({str(result["selection"]) for result in results if result.get("selection")})
     several = any("num_seeds" in result for result in results)
-    table = new_table("Results", caption=f"{RESULTS_CAPTION}{SEEDS_CAPTION if several else ''}")
+    caption = f"{RESULTS_CAPTION}{SEEDS_CAPTION if several else ''}"
+    table = new_table("Results", caption=caption, gap=1 if several else 2)
     sizes = ("weights", "weights\nby levels", "whole\nmodel")
     best = f"top-1 best\non {'/'.join(selections)}" if selections else "top-1\nbest"
     headers = ("top-1\nlast", best, *sizes, "epochs", "images/s", "time")

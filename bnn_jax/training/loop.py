@@ -105,7 +105,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 class StageLoop:
-    """Trains one stage, of one seed or of several at once.
+    """Trains one stage, of one seed or of several at once; the images of all seeds count in images per second.
 
     Args:
       stage: the stage.
