@@ -59,9 +59,7 @@ def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> li
     """
     check(run)
     if run.num_seeds > 1 and jax.default_backend() == "cpu":
-        say(
-            f"config.num_seeds={run.num_seeds}: this is for accelerators; on a CPU one run after another is several times faster"
-        )
+        say(f"config.num_seeds={run.num_seeds}: this is for accelerators; a CPU trains one after another much faster")
     again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
     distributed.on_loss(lambda: _last_saved(run))
     with contextlib.ExitStack() as held:

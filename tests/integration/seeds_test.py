@@ -1,6 +1,7 @@
 """Two seeds trained at once, through ``launch.py``."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -81,15 +82,17 @@ def test_each_seed_has_a_file_of_its_weights_and_columns_in_the_table(together):
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_two_seeds_ends_as_if_nothing_had_happened(tmp_path, together):
-    command = (*TWO_SEEDS, SAVE_ALWAYS, f"--workdir={tmp_path}")
-    # Four steps of the first stage, then one of the second, which has a teacher for each seed.
-    killed = launch_program("saved", "5", *command, program="tests/integration/killed.py")
+def test_a_killed_run_of_two_seeds_ends_as_if_nothing_had_happened(together, copy_of):
+    folder = copy_of(together)
+    # The second stage has a teacher for each seed; it is killed in the middle of its first epoch.
+    shutil.rmtree(folder / STAGES[1])
+    command = (*TWO_SEEDS, SAVE_ALWAYS, f"--workdir={folder}")
+    killed = launch_program("saved", "1", *command, program="tests/integration/killed.py")
     assert killed.code == -signal.SIGKILL, killed.stderr
-    assert steps(tmp_path / STAGES[1]) == [1]
-    finished = launch_here(*TWO_SEEDS, f"--workdir={tmp_path}")
+    assert steps(folder / STAGES[1]) == [1]
+    finished = launch_here(*TWO_SEEDS, f"--workdir={folder}")
     assert finished.code == 0 and "stage w1a1: going on from step 1" in finished.stderr
-    assert_same_run(tmp_path, together)
+    assert_same_run(folder, together)
 
 
 def test_evaluation_and_report_work_for_two_seeds(together, copy_of):
