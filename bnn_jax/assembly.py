@@ -19,7 +19,7 @@ from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.objectives import Objective
 from bnn_jax.stages import QuantSpec, Stage, parse_choice, parse_reference
-from bnn_jax.training import create, projections, schedules
+from bnn_jax.training import create, projections, schedules, seeds
 from bnn_jax.training.checkpoint import CheckpointStore, describe
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
@@ -28,6 +28,7 @@ from bnn_jax.training.loop import steps_per_epoch
 from bnn_jax.training.optim import make_optimizer
 from bnn_jax.training.realised import encoded_weights, put_base
 from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.seeds import Seeds
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.steps import StepParts, needs_teacher, uniform_choice
 
@@ -38,12 +39,35 @@ class Run:
     Attributes:
       config: validated config.
       folder: run folder.
-      stages: the chain.
+      stages: the chain; with several seeds, that of the first one.
     """
 
     def __init__(self, config: Mapping[str, Any], folder: Path):
         self.config, self.folder = config, Path(folder)
         self.stages: tuple[Stage, ...] = methods.build(config)
+
+    @property
+    def num_seeds(self) -> int:
+        """Number of seeds that are trained side by side; their checkpoints hold variables stacked (N, ...)."""
+        return self.config["num_seeds"]
+
+    def alone(self, index: int, loaded: dict[str, Any] | None = None) -> "Run":
+        """The run of one of the seeds as it would be without the others; it reads its part of what they share.
+
+        Args:
+          index: place of the seed, from 0.
+          loaded: variables that were read for other seeds, by reference; added to.
+        """
+        return self if self.num_seeds == 1 else _OneOfSeeds(self, index, {} if loaded is None else loaded)
+
+    def seeds_of(self, stage: Stage) -> Seeds:
+        """The seeds of a stage."""
+        runs = [self.alone(index) for index in range(self.num_seeds)]
+        return Seeds(
+            names=tuple(run.config["seed"] for run in runs),
+            orders=tuple(run.find(stage.name).seed for run in runs),
+            own_teachers=stage.teacher is not None and parse_reference(stage.teacher).kind == "stage",
+        )
 
     def find(self, name: str) -> Stage:
         """The stage of that name.
@@ -93,7 +117,10 @@ class Run:
 
         Args:
           reference: 'stage:NAME', 'stage:NAME@best' or 'file:PATH'.
-          target: shapes of the variables.
+          target: shapes of the variables of one seed.
+
+        Returns:
+          The variables; those of a stage are stacked where there are several seeds.
 
         Raises:
           CheckpointError: nothing is saved there, it is damaged, or it is of another network.
@@ -101,6 +128,7 @@ class Run:
         parsed = parse_reference(reference)
         if parsed.kind == "file":
             return load_checkpoint(Path(parsed.target), target)
+        target = seeds.stack_shapes(target, self.num_seeds)
         with CheckpointStore(self.checkpoints(self.find(parsed.target)), read_only=True) as store:
             return store.restore_variables(target, which=parsed.which)[0]
 
@@ -131,6 +159,20 @@ class Run:
         stage = self.find(parsed.target) if parsed.kind == "stage" else default
         network = self.network(stage, num_classes=source.num_classes)
         return network, self.load_variables(reference, create.variable_shapes(network, source.image_shape))
+
+
+class _OneOfSeeds(Run):
+    """The run of one of several seeds, within the folder of them all."""
+
+    def __init__(self, together: Run, index: int, loaded: dict[str, Any]):
+        super().__init__({**together.config, "seed": together.config["seed"] + index, "num_seeds": 1}, together.folder)
+        self._together, self._index, self._loaded = together, index, loaded
+
+    def load_variables(self, reference: str, target: dict[str, Any]) -> dict[str, Any]:
+        if reference not in self._loaded:
+            self._loaded[reference] = self._together.load_variables(reference, target)
+        variables = self._loaded[reference]
+        return variables if parse_reference(reference).kind == "file" else seeds.take(variables, self._index)
 
 
 def fold_path(fold: int) -> str:
@@ -210,17 +252,19 @@ class Assembly:
     shapes: dict[str, Any]
 
     def state_shapes(self, devices: Devices) -> TrainState:
-        """Shapes of the training state, for restoring one."""
+        """Shapes of the training state of one seed, for restoring one."""
         return jax.eval_shape(lambda variables: self.create_state(variables, devices), self.shapes)
 
-    def create_state(self, variables: dict[str, Any], devices: Devices) -> TrainState:
-        """The state before the first step."""
+    def create_state(
+        self, variables: dict[str, Any], devices: Devices, *, seed: int | tuple[int, ...] | None = None
+    ) -> TrainState:
+        """The state before the first step; of several seeds from stacked variables, None is that of the stage."""
         return create.create_state(
             variables,
             optimizer=self.parts.optimizer,
             objectives=self.parts.objectives,
             num_classes=self.source.num_classes,
-            seed=self.stage.seed,
+            seed=self.stage.seed if seed is None else seed,
             devices=devices,
             log_gradient_norms=self.stage.log_gradient_norms,
             log_train_top5=self.stage.log_train_top5,
@@ -290,8 +334,14 @@ def teacher_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     return run.referenced(assembly.stage.teacher, source=assembly.source, default=default)[1]
 
 
-def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
-    """Variables before the first step: fresh, then copied, then made anew where the stage says so."""
+def initial_variables(run: Run, assembly: Assembly, *, shared: create.Programs | None = None) -> dict[str, Any]:
+    """Variables before the first step: fresh, then copied, then made anew where the stage says so.
+
+    Args:
+      run: the run, of one seed.
+      assembly: the stage.
+      shared: compiled functions that other seeds use too; None compiles them for this one.
+    """
     stage, source = assembly.stage, assembly.source
     indices, _ = index_plan(
         stage.seed,
@@ -301,14 +351,29 @@ def initial_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
         drop_last=False,
     )
     images = prepare_eval(jnp.asarray(_images(source.train, indices[0])), mean=source.mean, std=source.std)
-    variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images)
+    variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images, shared=shared)
     if stage.init_from is not None:
         network, copied = run.referenced(stage.init_from, source=source, default=stage)
         fresh = variables
         variables = create.transfer(copied, fresh, collections=stage.transfer, may_be_new=stage.may_be_new)
         if stage.realised_base:
             variables = put_base(variables, fresh, encoded_weights(network, copied, source.image_shape))
-    return create.recompute(assembly.network, variables, images, patterns=stage.recompute)
+    return create.recompute(assembly.network, variables, images, patterns=stage.recompute, shared=shared)
+
+
+def initial_state(run: Run, assembly: Assembly, devices: Devices) -> TrainState:
+    """The state before the first step of a stage; of several seeds each one's, stacked."""
+    if run.num_seeds == 1:
+        variables = distributed.values_of_first(initial_variables(run, assembly))
+        return assembly.create_state(variables, devices)
+    loaded: dict[str, Any] = {}
+    shared = create.programs(assembly.network)
+    each = []
+    for index in range(run.num_seeds):
+        alone = run.alone(index, loaded)
+        own = dataclasses.replace(assembly, stage=alone.find(assembly.stage.name))
+        each.append(initial_variables(alone, own, shared=shared))
+    return assembly.create_state(seeds.stack(each), devices, seed=run.seeds_of(assembly.stage).orders)
 
 
 def _images(split: Split | StreamedSplit, indices: np.ndarray) -> np.ndarray:
@@ -336,4 +401,5 @@ def make_evaluator(
         devices=devices,
         workers=run.config["data"]["workers"],
         choice=run.evaluated_choice(stage, network),
+        seeds=run.seeds_of(stage),
     )

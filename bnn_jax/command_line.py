@@ -237,11 +237,22 @@ def _evaluate(job: Any, values: Any) -> dict[str, Any]:
     checkpoint = Path(values.checkpoint) if values.checkpoint else None
     result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
     if distributed.is_first():
-        print(
-            f"{values.stage or result['stage']}: top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  "
-            f"loss {result['loss']:.4f}  ({result['num_images']:,} images, {result['checkpoint']})"
-        )
+        name = values.stage or result["stage"]
+        for row in result.get("seeds", ()):
+            print(f"{name}, seed {row['seed']}: {_evaluated(row)}")
+        several = f", mean of {len(result['seeds'])} seeds" if "seeds" in result else ""
+        print(f"{name}{several}: {_evaluated(result)}  ({result['num_images']:,} images, {result['checkpoint']})")
     return result
+
+
+def _evaluated(result: dict[str, Any]) -> str:
+    """Accuracies and loss of an evaluation, with standard deviations where there are any."""
+
+    def number(name: str, digits: int) -> str:
+        deviation = result.get(f"{name}_sd")
+        return f"{result[name]:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+    return f"top-1 {number('top1', 2)} %  top-5 {number('top5', 2)} %  loss {number('loss', 4)}"
 
 
 def _summary(job: Any, values: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ COMMON: dict[str, Key] = {
     "method": Key(str),
     "name": Key(str),
     "seed": Key(int, SEED),
+    "num_seeds": Key(int, _range("1 to 64", lambda value: 1 <= value <= 64)),
     "network": Key(str),
     "data.name": Key(str),
     "data.data_dir": Key(str, optional=True),
@@ -223,6 +224,7 @@ LOCATION_KEYS = frozenset(
 
 # Keys added after runs were made, with the value that stands for what those runs did: their folders stay usable.
 ADDED_LATER = {
+    "num_seeds": 1,
     "data.lighting": "none",
     "data.decoder": "pillow",
     "train.accumulation_steps": 1,

@@ -21,7 +21,7 @@ from bnn_jax.assembly import (
     Run,
     assemble,
     build_objectives,
-    initial_variables,
+    initial_state,
     load_checkpoint,
     make_evaluator,
     teacher_variables,
@@ -31,7 +31,7 @@ from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.quantizers import build_weight
 from bnn_jax.report import complexity, levels, pictures, plots
 from bnn_jax.stages import Stage, fingerprint, parse_choice, parse_reference
-from bnn_jax.training import create, metrics
+from bnn_jax.training import create, metrics, seeds
 from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import features_of
@@ -58,6 +58,8 @@ def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> li
       Interrupted: the run was asked to stop; it is saved.
     """
     check(run)
+    if run.num_seeds > 1 and jax.default_backend() == "cpu":
+        say(f"config.num_seeds={run.num_seeds}: this is for accelerators; a CPU trains one after another much faster")
     again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
     distributed.on_loss(lambda: _last_saved(run))
     with contextlib.ExitStack() as held:
@@ -95,6 +97,8 @@ def check(run: Run) -> None:
     Raises:
       UserError: what cannot be built.
     """
+    if run.num_seeds > 1:
+        check_seeds(run)
     built = set()
     for stage in run.stages:
         _check_files(stage)
@@ -106,6 +110,28 @@ def check(run: Run) -> None:
         if key not in built:
             _network_of(run, stage)
         built.add(key)
+
+
+def check_seeds(run: Run) -> None:
+    """Checks that the seeds of a run can be trained in one program.
+
+    Raises:
+      UserError: they cannot.
+    """
+    what, count = f"config.num_seeds={run.num_seeds}", jax.device_count()
+    if count > 1:
+        raise UserError(f"{what}: accepted on {count} devices is 1; CUDA_VISIBLE_DEVICES may name one of them")
+    for stage in run.stages:
+        if stage.kind == "search":
+            raise UserError(f"{what}: stage {stage.name} is a search; accepted with one is 1")
+        if data.SOURCES[stage.data.name].streamed:
+            raise UserError(f"{what}: the images of {stage.data.name} are read while training; accepted with them is 1")
+        for index in range(run.num_seeds):
+            other = run.alone(index).find(stage.name)
+            if dataclasses.replace(other, seed=stage.seed, init_seed=stage.init_seed) != stage:
+                raise UserError(f"{what}: stage {stage.name} of another seed is another stage; accepted is 1")
+    if run.config["data"]["validation_fraction"] > 0:
+        raise UserError(f"{what}: each seed would hold out other images; accepted is config.data.validation_fraction=0")
 
 
 def _check_files(stage: Stage) -> None:
@@ -190,12 +216,11 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
     """The state after the last epoch, from a new start or from the last checkpoint."""
     devices, stage = all_devices(), assembly.stage
     if store.latest_step() is None:
-        variables = distributed.values_of_first(initial_variables(run, assembly))
-        state, meta = assembly.create_state(variables, devices), None
+        state, meta = initial_state(run, assembly, devices), None
     else:
-        state, meta = store.restore(assembly.state_shapes(devices))
+        state, meta = store.restore(seeds.stack_shapes(assembly.state_shapes(devices), run.num_seeds))
         state = devices.replicate(state)
-        say(f"stage {stage.name}: going on from step {int(state.step)}")
+        say(f"stage {stage.name}: going on from step {state.steps_done}")
     train_config = run.config["train"]
     loop = StageLoop(
         stage,
@@ -213,28 +238,38 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
         ),
         devices=devices,
         choice=run.evaluated_choice(stage, assembly.network) if _is_winner(stage) else None,
+        seeds=run.seeds_of(stage),
     )
     return loop.fit(state, stop, meta=meta)
 
 
 def _finish(run: Run, assembly: Assembly, state: TrainState, folder: Path) -> dict[str, Any]:
     """Writes what people and other programs read; returns the content of ``result.json``."""
-    result = _result(run, assembly, state)
-    _save_for_people(assembly, state, folder)
+    group = run.seeds_of(assembly.stage)
+    each = dict(zip(group.names, group.unstack(jax.device_get(state.variables)), strict=True))
+    result = _result(run, assembly, list(each.values()))
+    _save_for_people(assembly, each, folder)
     return result
 
 
-def _save_for_people(assembly: Assembly, state: TrainState, folder: Path) -> None:
-    """The record as a table, and the weights in use after the last epoch, for other programs to read."""
-    metrics.write_csv(metrics.read(folder / run_folder.METRICS), folder / run_folder.METRICS_TABLE)
-    variables = jax.device_get(state.variables)
-    encoded = encoded_weights(assembly.network, variables, assembly.source.image_shape)
-    if encoded:
-        save_weights(folder / run_folder.WEIGHTS, encoded)
+def _save_for_people(assembly: Assembly, each: dict[int, dict[str, Any]], folder: Path) -> None:
+    """The record as a table, and the weights in use after the last epoch of each seed, for other programs to read."""
+    records = [seeds.table_row(record) for record in metrics.read(folder / run_folder.METRICS)]
+    metrics.write_csv(records, folder / run_folder.METRICS_TABLE)
+    for seed, variables in each.items():
+        encoded = encoded_weights(assembly.network, variables, assembly.source.image_shape)
+        if encoded:
+            save_weights(folder / run_folder.weights_file(seed if len(each) > 1 else None), encoded)
 
 
-def _result(run: Run, assembly: Assembly, state: TrainState) -> dict[str, Any]:
-    """Content of ``result.json``: last epoch first, best beside it with how it was chosen."""
+def _result(run: Run, assembly: Assembly, each: list[dict[str, Any]]) -> dict[str, Any]:
+    """Content of ``result.json``: last epoch first, best beside it with how it was chosen.
+
+    Args:
+      run: the run.
+      assembly: the stage.
+      each: the variables of each seed.
+    """
     stage, source = assembly.stage, assembly.source
     records = metrics.read(run.stage_folder(stage) / run_folder.METRICS)
     selection = "validation" if source.validation is not None else "test"
@@ -243,7 +278,7 @@ def _result(run: Run, assembly: Assembly, state: TrainState) -> dict[str, Any]:
     # What is left of a supernet when its winner is known has one branch.
     network = assembly.network.clone(branches=1) if _is_winner(stage) else assembly.network
     costs = complexity.complexity(network, source.image_shape)
-    in_use = levels.levels_in_use(assembly.network, jax.device_get(state.variables), source.image_shape)
+    in_use = [levels.levels_in_use(assembly.network, variables, source.image_shape) for variables in each]
     device = jax.devices()[0]
     return {
         "stage": stage.name,
@@ -264,13 +299,34 @@ def _result(run: Run, assembly: Assembly, state: TrainState) -> dict[str, Any]:
         "images_per_second": round(sorted(record["images_per_second"] for record in records)[len(records) // 2], 1),
         "quantized_weight_bits": costs.total.quantized_bits,
         "stored_bits": costs.total.stored_bits,
-        "level_bits": max((bits for _, bits in in_use.values()), default=None),
+        "level_bits": max((bits for layers in in_use for _, bits in layers.values()), default=None),
         "parameters": costs.total.parameters,
         "data_fingerprint": source.fingerprint,
         "stage_fingerprint": fingerprint(stage, run.stages),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         **(_winner(run, stage, records) if _is_winner(stage) else {}),
+        **(_of_seeds(records, best) if run.num_seeds > 1 else {}),
         **run_folder.provenance(),
+    }
+
+
+def _of_seeds(records: list[dict[str, Any]], best: dict[str, Any]) -> dict[str, Any]:
+    """What the result of several seeds says besides: standard deviations of its means, and the values of each seed."""
+    last = records[-1]
+    names = {"last_top1": "test_top1", "last_top5": "test_top5", "last_loss": "test_loss"}
+    return {
+        "num_seeds": len(last["seeds"]),
+        **{f"{name}_sd": last[f"{key}_sd"] for name, key in names.items()},
+        "best_top1_sd": best["test_top1_sd"],
+        "seeds": [
+            {
+                "seed": row["seed"],
+                "last_top1": row["test_top1"],
+                "best_top1": max(record["seeds"][index]["test_top1"] for record in records),
+                "last_loss": row["test_loss"],
+            }
+            for index, row in enumerate(last["seeds"])
+        ],
     }
 
 
@@ -307,10 +363,11 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
     Args:
       run: the run; its folder is not looked at when ``checkpoint`` is given.
       stage_name: 'w4a4' or 'w4a4@best'; None is the last stage (with a checkpoint) or the last finished one.
-      checkpoint: file or folder of saved variables.
+      checkpoint: file of one network's variables, or folder of saved ones, of as many seeds as the config says.
 
     Returns:
-      ``top1`` and ``top5`` in percent, ``loss``, ``num_images``, ``stage``, ``checkpoint``.
+      ``top1`` and ``top5`` in percent, ``loss``, ``num_images``, ``stage``, ``checkpoint``; of several seeds as
+      ``Seeds.summary`` says.
 
     Raises:
       UserError: nothing to evaluate, or it does not fit.
@@ -327,10 +384,14 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         raise UserError(
             f"--stage={stage.name}: it searches and trains nothing to evaluate; its results are in --mode=report"
         )
+    if run.num_seeds > 1:
+        check_seeds(run)
+    if checkpoint is not None and checkpoint.is_file():
+        run = run.alone(0)
     # The variables are read before the images: a wrong checkpoint shows at once.
     network, shapes = _network_of(run, stage)
     if checkpoint is not None:
-        variables, path = load_checkpoint(checkpoint, shapes), checkpoint
+        variables, path = load_checkpoint(checkpoint, seeds.stack_shapes(shapes, run.num_seeds)), checkpoint
     else:
         variables = run.load_variables(f"stage:{stage.name}@{which or 'last'}", shapes)
         path = run.checkpoints(stage)
@@ -394,6 +455,8 @@ def report(run: Run) -> dict[str, Any]:
     plots.plot_chain([result for result in results if result["stage"] in records], records, chain)
     accuracies = run.folder / "accuracies.png"
     plots.plot_accuracies(records, accuracies)
+    if run.num_seeds > 1:
+        say(f"the chain shows means over {run.num_seeds} seeds, other pictures the first seed, {run.config['seed']}")
     others = _draw_offered(run, [stage for stage in run.stages if stage.name in records])
     return {"stages": results, "picture": str(chain), "pictures": [str(path) for path in (chain, accuracies, *others)]}
 
@@ -418,12 +481,14 @@ def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:
 
 
 def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
-    """What pictures of a stage are drawn from; images are read only by the one that asks for them."""
+    """What pictures of a stage are drawn from, of several seeds the first; images are read where one asks for them."""
     image_shape, num_classes = data.describe(stage.data)
     terms = build_objectives(stage)
     target = jax.eval_shape(lambda: create.objective_states(terms, num_classes))
     with CheckpointStore(run.checkpoints(stage), read_only=True) as store:
-        state = store.restore_items({"objective_state": target})[0]["objective_state"]
+        items = {"objective_state": seeds.stack_shapes(target, run.num_seeds)}
+        state = run.seeds_of(stage).unstack(store.restore_items(items)[0]["objective_state"])[0]
+    run = run.alone(0)
 
     def features() -> tuple[np.ndarray, np.ndarray]:
         network, shapes = _network_of(run, stage)

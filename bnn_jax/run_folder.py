@@ -1,7 +1,8 @@
 """The run folder: which stages it holds, whether it belongs to this config, and who is writing to it.
 
 ``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``; a finished stage has
-``metrics.csv`` and, where its weights are quantized, ``weights.npz`` too. Nothing here deletes anything: what is in the
+``metrics.csv`` and, where its weights are quantized, ``weights.npz`` too (of several seeds ``weights_seed_<n>.npz``,
+one for each). Nothing here deletes anything: what is in the
 way is moved aside to ``<name>.old-<N>``. Of several processes the first one writes.
 """
 
@@ -30,6 +31,11 @@ MOST_KEYS_SHOWN = 5
 SHARED_SECONDS = 30.0
 CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.jsonl", "result.json"
 METRICS_TABLE, WEIGHTS = "metrics.csv", "weights.npz"
+
+
+def weights_file(seed: int | None) -> str:
+    """Name of the file with the weights in use; None: there is one seed only."""
+    return WEIGHTS if seed is None else f"{Path(WEIGHTS).stem}_seed_{seed}.npz"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

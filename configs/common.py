@@ -10,6 +10,7 @@ def base() -> ml_collections.ConfigDict:
     config.name = "unnamed"  # name of the run folder, runs/<name>
     config.method = "asbq"  # key in bnn_jax.methods.METHODS
     config.seed = 0  # seed of data order, augmentation, initial weights
+    config.num_seeds = 1  # seeds trained side by side in one program on one accelerator: seed, seed + 1, ...
     config.network = "resnet20"  # key in bnn_jax.networks.NETWORKS
 
     config.extra_objectives = ()  # of 'feature_swap', 'label_bank', 'cluster': added to the method's own

@@ -49,11 +49,13 @@ class SourceEntry:
       load: ``load(request, **options) -> LoadedImages``.
       shape: (H, W, C) and number of classes; the options 'image_size' and 'num_classes' replace theirs.
       options: the source's options and their defaults, all of them integers.
+      streamed: whether its images are read while training.
     """
 
     load: Callable[..., LoadedImages]
     shape: tuple[tuple[int, int, int], int] = ((32, 32, 3), 10)
     options: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    streamed: bool = False
 
 
 def _tfds_entry(name: str) -> SourceEntry:
@@ -67,8 +69,10 @@ STREAMED_AUGMENTATIONS = ("random_resized_crop_flip", "none")
 
 SOURCES: dict[str, SourceEntry] = {
     **{name: _tfds_entry(name) for name in tfds_source.RESIDENT_SETS},
-    imagenet.NAME: SourceEntry(imagenet.load, _IMAGENET, {"image_size": 224}),
-    imagenet.RESIZED_NAME: SourceEntry(imagenet.load_resized, _IMAGENET, {"image_size": 224, "side": 256}),
+    imagenet.NAME: SourceEntry(imagenet.load, _IMAGENET, {"image_size": 224}, streamed=True),
+    imagenet.RESIZED_NAME: SourceEntry(
+        imagenet.load_resized, _IMAGENET, {"image_size": 224, "side": 256}, streamed=True
+    ),
     "digits": SourceEntry(digits.load, options={"image_size": 16, "seed": 0}),
     "synthetic": SourceEntry(
         synthetic.load, options={"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}

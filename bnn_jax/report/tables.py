@@ -19,6 +19,7 @@ RESULTS_CAPTION = (
     "(@, from 1). weights: the quantized ones, at their nominal bits, and by levels at ceil(log2(levels in use)) of "
     "the layer with the most. whole model: nominal bits and all floats."
 )
+SEEDS_CAPTION = " With several seeds top-1 is their mean, ± the standard deviation (n - 1)."
 
 
 def show(table: Table, *, file: TextIO | None = None) -> None:
@@ -72,7 +73,9 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
       results: contents of the stages' ``result.json``.
     """
     selections = sorted({str(result["selection"]) for result in results if result.get("selection")})
-    table = new_table("Results", caption=RESULTS_CAPTION)
+    several = any("num_seeds" in result for result in results)
+    caption = f"{RESULTS_CAPTION}{SEEDS_CAPTION if several else ''}"
+    table = new_table("Results", caption=caption, gap=1 if several else 2)
     sizes = ("weights", "weights\nby levels", "whole\nmodel")
     best = f"top-1 best\non {'/'.join(selections)}" if selections else "top-1\nbest"
     headers = ("top-1\nlast", best, *sizes, "epochs", "images/s", "time")
@@ -83,7 +86,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             str(result.get("stage", MISSING)),
             format_number(result.get("bits")),
-            _percent(result.get("last_top1")),
+            _percent(result.get("last_top1"), result.get("last_top1_sd")),
             _best(result),
             format_si(result.get("quantized_weight_bits") or None, "bit"),
             format_si(_bits_by_levels(result), "bit"),
@@ -206,8 +209,9 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f} %"
+def _percent(value: float | None, deviation: float | None = None) -> str:
+    spread = "" if deviation is None else f" ± {deviation:.2f}"
+    return MISSING if value is None else f"{value:.2f}{spread} %"
 
 
 def _best(result: Mapping[str, Any]) -> str:

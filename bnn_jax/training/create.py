@@ -1,7 +1,9 @@
 """The initial state of a stage: fresh variables, copied ones, and those made anew from the copied ones."""
 
+import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -19,20 +21,46 @@ from bnn_jax.training.steps import zero_metric_sums
 COLLECTIONS = ("params", "batch_stats", "quant_state")
 
 
-def init_variables(network: Any, key: jax.Array, images: jax.Array) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled functions that make variables of a network, for several seeds: compiled once, not for each of them.
+
+    Attributes:
+      init: (key, images) -> fresh variables.
+      recompute: (variables, images) -> variables with those that were missing.
+    """
+
+    init: Callable[[jax.Array, jax.Array], dict[str, Any]]
+    recompute: Callable[[dict[str, Any], jax.Array], Any]
+
+
+def programs(network: Any) -> Programs:
+    """The functions of a network; compiled when they are first called."""
+    return Programs(jax.jit(_init_function(network)), jax.jit(_recompute_function(network)))
+
+
+def init_variables(
+    network: Any, key: jax.Array, images: jax.Array, *, shared: Programs | None = None
+) -> dict[str, Any]:
     """Fresh variables of a network.
 
     Args:
       network: Linen module.
       key: random key.
       images: (N, H, W, C) normalised images; quantizers that start from data see these.
+      shared: functions that are used for other keys too; None compiles one for this key.
     """
+    if shared is not None:
+        return shared.init(key, images)
+    return jax.jit(functools.partial(_init_function(network), key))(images)
 
-    def init(images: jax.Array) -> dict[str, Any]:
+
+def _init_function(network: Any) -> Callable[[jax.Array, jax.Array], dict[str, Any]]:
+    def init(key: jax.Array, images: jax.Array) -> dict[str, Any]:
         variables = network.init({"params": key, "quant": key}, images, QuantContext(train=True))
         return {name: variables[name] for name in COLLECTIONS if name in variables}
 
-    return jax.jit(init)(images)
+    return init
 
 
 def variable_shapes(network: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -80,7 +108,14 @@ def transfer(
     return result
 
 
-def recompute(network: Any, variables: dict[str, Any], images: jax.Array, *, patterns: Sequence[str]) -> dict[str, Any]:
+def recompute(
+    network: Any,
+    variables: dict[str, Any],
+    images: jax.Array,
+    *,
+    patterns: Sequence[str],
+    shared: Programs | None = None,
+) -> dict[str, Any]:
     """Variables in which every leaf that a pattern matches ('quant_state/.*/mask') is made anew by the network.
 
     Linen creates only what is missing: the matching leaves are dropped, and one forward pass makes them from the other
@@ -91,12 +126,16 @@ def recompute(network: Any, variables: dict[str, Any], images: jax.Array, *, pat
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     kept = {path: leaf for path, leaf in flat.items() if not any(re.search(p, path) for p in patterns)}
     variables = flax.traverse_util.unflatten_dict(kept, sep="/")
+    forward = shared.recompute if shared is not None else jax.jit(_recompute_function(network))
+    return dict(forward(variables, images))
 
+
+def _recompute_function(network: Any) -> Callable[[dict[str, Any], jax.Array], Any]:
     def forward(variables: dict[str, Any], images: jax.Array):
         return network.apply(variables, images, QuantContext(), mutable=list(COLLECTIONS), rngs=keys)[1]
 
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
-    return dict(jax.jit(forward)(variables, images))
+    return forward
 
 
 def create_state(
@@ -105,26 +144,26 @@ def create_state(
     optimizer: optax.GradientTransformation,
     objectives: Sequence[Objective],
     num_classes: int,
-    seed: int,
+    seed: int | Sequence[int],
     devices: Devices,
     log_gradient_norms: bool = False,
     log_train_top5: bool = False,
 ) -> TrainState:
-    """The state before the first step, replicated on all devices.
+    """The state before the first step, replicated on all devices; of several seeds, stacked.
 
     Args:
-      variables: params, batch_stats, quant_state.
+      variables: params, batch_stats, quant_state; of several seeds, stacked.
       optimizer: optax transformation.
       objectives: loss terms.
       num_classes: K.
-      seed: seed of the stage's random draws.
+      seed: seed of the stage's random draws, or several.
       devices: placement.
       log_gradient_norms: whether the gradient norm of every objective is summed too.
       log_train_top5: whether training images with the label among the five largest logits are counted too.
     """
     states = objective_states(objectives, num_classes)
 
-    def make(variables: dict[str, Any]) -> TrainState:
+    def make_one(variables: dict[str, Any], seed: int | jax.Array) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
@@ -135,6 +174,11 @@ def create_state(
             metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms, with_top5=log_train_top5),
             rng=jax.random.key(seed),
         )
+
+    def make(variables: dict[str, Any]) -> TrainState:
+        if isinstance(seed, int):
+            return make_one(variables, seed)
+        return jax.vmap(make_one)(variables, jnp.asarray(seed, jnp.uint32))
 
     return jax.jit(make, out_shardings=devices.replicated)(variables)
 

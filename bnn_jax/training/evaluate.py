@@ -12,6 +12,7 @@ from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
+from bnn_jax.training.seeds import Seeds, one_seed
 from bnn_jax.training.steps import PrepareEval, compile_eval_step
 
 
@@ -26,6 +27,7 @@ class Evaluator:
       devices: placement.
       workers: processes that read images that are not in memory; 0: threads.
       choice: int (searched layers,), branches of a supernet; None for networks without.
+      seeds: those whose variables are evaluated side by side; None: there is one.
     """
 
     def __init__(
@@ -38,8 +40,12 @@ class Evaluator:
         devices: Devices,
         workers: int = 0,
         choice: Sequence[int] | None = None,
+        seeds: Seeds | None = None,
     ):
-        self._step = compile_eval_step(network, prepare, devices, with_choice=choice is not None)
+        self._seeds = seeds or one_seed(0)
+        self._step = compile_eval_step(
+            network, prepare, devices, with_choice=choice is not None, num_seeds=self._seeds.count
+        )
         self._choice = () if choice is None else (np.asarray(choice, np.int32),)
         self._devices, self._batch_size = devices, batch_size
         self._feeds = {name: Feed(split, devices, workers=workers) for name, split in splits.items()}
@@ -51,11 +57,13 @@ class Evaluator:
 
     def __call__(
         self, variables: dict[str, Any], split: str, *, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
+    ) -> dict[str, Any] | None:
         """``top1`` and ``top5`` in percent, mean ``loss`` and ``num_images``; None if asked to stop before the end.
 
+        Of several seeds they are means, with ``top1_sd`` and so on beside them; see ``Seeds.summary``.
+
         Args:
-          variables: params, batch_stats, quant_state.
+          variables: params, batch_stats, quant_state; of several seeds, stacked.
           split: name of the split.
           should_stop: asked before every batch.
         """
@@ -66,15 +74,21 @@ class Evaluator:
             if should_stop():
                 return None
             sums.append(self._step(variables, *feed.arrays, rows, mask, *self._choice))
-        # Batch sums are added in float64 on the host, so that the result does not depend on how many there are.
-        totals = {name: float(np.sum([float(row[name]) for row in jax.device_get(sums)])) for name in sums[0]}
-        count = totals["count"]
-        return {
-            "top1": 100.0 * totals["correct1"] / count,
-            "top5": 100.0 * totals["correct5"] / count,
-            "loss": totals["loss"] / count,
-            "num_images": int(count),
-        }
+        sums = jax.device_get(sums)
+        return self._seeds.summary([_means(list(rows)) for rows in zip(*map(self._seeds.unstack, sums), strict=True)])
+
+
+def _means(sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies in percent, mean loss and number of images, from the sums of all batches."""
+    # Batch sums are added in float64 on the host, so that the result does not depend on how many there are.
+    totals = {name: float(np.sum([float(row[name]) for row in sums])) for name in sums[0]}
+    count = totals["count"]
+    return {
+        "top1": 100.0 * totals["correct1"] / count,
+        "top5": 100.0 * totals["correct5"] / count,
+        "loss": totals["loss"] / count,
+        "num_images": int(count),
+    }
 
 
 def features_of(

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax.data.base import ImageSource
-from bnn_jax.data.order import index_plan
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.stages import Stage
 from bnn_jax.training import metrics
@@ -27,11 +26,12 @@ from bnn_jax.training.feed import Dispatch, Feed
 from bnn_jax.training.interrupt import Agreement, StopRequest
 from bnn_jax.training.progress import Progress
 from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.seeds import Seeds, one_seed, over
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.steps import Constants, StepParts, compile_end_of_epoch, compile_train_steps
 
-# Dispatches that may be under way at once: enough to hide the host's work. Behind slow ones there is nothing to hide, and
-# each that is under way delays a stop.
+# Dispatches that may be under way at once: enough to hide the host's work. Behind slow ones there is nothing to hide,
+# and each that is under way delays a stop.
 DISPATCHES_AHEAD = 2
 SLOW_DISPATCH_SECONDS = 0.5
 MOST_STEPS_PER_DISPATCH = 100
@@ -107,7 +107,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 class StageLoop:
-    """Trains one stage.
+    """Trains one stage, of one seed or of several at once; the images of all seeds count in images per second.
 
     Args:
       stage: the stage.
@@ -115,12 +115,14 @@ class StageLoop:
       schedule: its learning rate, for the record.
       source: its data.
       teacher: the teacher's variables, or {}.
-      evaluator: evaluates the network on the held-out splits; must know 'test', may know 'validation'.
+      evaluator: evaluates the network on the held-out splits; must know 'test', may know 'validation'. Of the same
+        seeds.
       store: its checkpoints.
       metrics_path: its record.
       options: how it is run.
       devices: placement.
       choice: branches of a supernet that are trained, or None.
+      seeds: those that are trained side by side; None: the stage's own.
     """
 
     def __init__(
@@ -137,12 +139,16 @@ class StageLoop:
         options: LoopOptions,
         devices: Devices,
         choice: Sequence[int] | None = None,
+        seeds: Seeds | None = None,
     ):
         self.stage, self.schedule, self.source, self.evaluator = stage, schedule, source, evaluator
         self.store, self.metrics_path, self.options, self.devices = store, metrics_path, options, devices
         self.knobs = parts.knobs
-        self.run_steps = compile_train_steps(parts, devices)
-        self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices)
+        self.seeds = seeds or one_seed(stage.seed)
+        self.run_steps = compile_train_steps(
+            parts, devices, num_seeds=self.seeds.count, own_teachers=self.seeds.own_teachers
+        )
+        self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices, num_seeds=self.seeds.count)
         self.feed = Feed(source.train, devices, workers=options.workers)
         images, labels = self.feed.arrays
         branches = None if choice is None else np.asarray(choice, np.int32)
@@ -169,7 +175,7 @@ class StageLoop:
           NonFiniteLossError: the loss was NaN or infinite; the last good checkpoint stays.
         """
         meta = meta or {}
-        step = int(state.step)
+        step = state.steps_done
         metrics.cut_back(self.metrics_path, step if meta.get("evaluated", True) else step - 1)
         clock = EpochClock(seconds=meta.get("epoch_seconds", 0.0))
         total = self.stage.optim.epochs * self.steps_per_epoch
@@ -178,7 +184,7 @@ class StageLoop:
             if not meta.get("evaluated", True):
                 state = self._finish_epoch(state, clock, progress, stop)
                 clock = EpochClock()
-            first_epoch = int(state.step) // self.steps_per_epoch
+            first_epoch = state.steps_done // self.steps_per_epoch
             for epoch in range(first_epoch, self.stage.optim.epochs):
                 state = self._train_epoch(state, epoch, clock, progress, stop)
                 state = self._finish_epoch(state, clock, progress, stop)
@@ -189,8 +195,7 @@ class StageLoop:
     def _dispatches(self, epoch: int, offset: int) -> Iterator[Dispatch]:
         """The dispatches of an epoch, from its step ``offset`` on."""
         num_images = len(self.source.train)
-        indices, mask = index_plan(
-            self.stage.seed,
+        indices, mask = self.seeds.index_plan(
             epoch,
             num_images=num_images,
             batch_size=min(self.stage.optim.batch_size, num_images),
@@ -204,7 +209,7 @@ class StageLoop:
     def _train_epoch(
         self, state: TrainState, epoch: int, clock: EpochClock, progress: Progress, stop: StopRequest
     ) -> TrainState:
-        step = int(state.step)
+        step = state.steps_done
         sums: dict[str, float] = collections.defaultdict(float)
         previous, seconds = time.monotonic(), 0.0
         dispatches = self._dispatches(epoch, step - epoch * self.steps_per_epoch)
@@ -239,7 +244,7 @@ class StageLoop:
             finite = np.isfinite(values["loss"])
             if not finite.all():
                 self._pending.clear()
-                self._refuse_non_finite(first_step + int(np.argmin(finite)))
+                self._refuse_non_finite(first_step + int(np.argwhere(~finite)[0][0]), finite)
             sums["count"] += float(values["count"].sum())
             sums["correct"] += float(values["correct"].sum())
             sums["loss"] += float((values["loss"] * values["count"]).sum())
@@ -254,15 +259,15 @@ class StageLoop:
             top1=100.0 * sums["correct"] / count,
         )
 
-    def _refuse_non_finite(self, step: int) -> NoReturn:
+    def _refuse_non_finite(self, step: int, finite: np.ndarray | None = None) -> NoReturn:
         self.store.wait()
         records = metrics.read(self.metrics_path)
         last = {key: records[-1][key] for key in ("epoch", "train_loss", "test_top1")} if records else "none yet"
         good = self.store.latest_step()
         where = f"step {good} in {self.store.directory}" if good is not None else "none was saved yet"
         raise NonFiniteLossError(
-            f"stage {self.stage.name}: the loss is not finite at step {step}; last metrics: {last}; "
-            f"last good checkpoint: {where}"
+            f"stage {self.stage.name}: the loss{self.seeds.owner(finite)} is not finite at step {step}; "
+            f"last metrics: {last}; last good checkpoint: {where}"
         )
 
     def _finish_epoch(self, state: TrainState, clock: EpochClock, progress: Progress, stop: StopRequest) -> TrainState:
@@ -272,9 +277,10 @@ class StageLoop:
             result = self.evaluator(state.variables, split, should_stop=stop.agreed)
             if result is None:
                 self._save_and_stop(state, clock, stop, evaluated=False)
-            if not np.isfinite(result["loss"]):
+            finite = np.isfinite([row["loss"] for row in result.get("seeds", [result])])
+            if not finite.all():
                 # A step's loss is the one before its update: what the last step broke shows only here.
-                self._refuse_non_finite(int(state.step))
+                self._refuse_non_finite(state.steps_done, finite)
             results[split] = result
         record = self._record(state, clock, results)
         selection = record.get("validation_top1", record["test_top1"])
@@ -285,29 +291,27 @@ class StageLoop:
         progress.epoch_done(record)
         return state
 
-    def _record(self, state: TrainState, clock: EpochClock, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-        step = int(state.step)
-        held_out = {
-            f"{split}_{name}": value
-            for split, result in results.items()
-            for name, value in result.items()
-            if name != "num_images"
-        }
+    def _record(self, state: TrainState, clock: EpochClock, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        step = state.steps_done
+        each = [metrics.epoch_means(sums) for sums in self.seeds.unstack(jax.device_get(state.metric_sums))]
+        for split, result in results.items():
+            for values, row in zip(each, result.get("seeds", [result]), strict=True):
+                values.update({f"{split}_{name}": row[name] for name in ("top1", "top5", "loss")})
         return {
             "epoch": step // self.steps_per_epoch - 1,
             "step": step,
             "learning_rate": float(self.schedule(jnp.int32(step - 1))),
             **{f"knob/{name}": float(knob(jnp.int32(step - 1))) for name, knob in self.knobs.items()},
-            **metrics.epoch_means(state.metric_sums),
-            **held_out,
+            **self.seeds.summary(each),
             "seconds": round(clock.seconds, 3),
             "images_per_second": round(clock.images_per_second, 1),
         }
 
     def _save(self, state: TrainState, clock: EpochClock, *, evaluated: bool, selection: float | None) -> None:
-        if not _all_finite(state.variables):
+        finite = np.asarray(over(_all_finite, self.seeds.count)(state.variables))
+        if not finite.all():
             # As above; no broken state may take the place of a good one.
-            self._refuse_non_finite(int(state.step))
+            self._refuse_non_finite(state.steps_done, finite)
         self._last_save = time.monotonic()
         meta = {"stage": self.stage.name, "evaluated": evaluated, "epoch_seconds": round(clock.seconds, 3)}
         chosen = None if selection is None else {"selection_top1": selection}
@@ -315,9 +319,10 @@ class StageLoop:
 
     def _save_and_stop(self, state: TrainState, clock: EpochClock, stop: StopRequest, *, evaluated: bool) -> NoReturn:
         self._pending.clear()
-        step = int(state.step)
-        if int(state.metric_sums["non_finite_step"]) >= 0:
-            self._refuse_non_finite(int(state.metric_sums["non_finite_step"]))
+        step = state.steps_done
+        broken = np.asarray(state.metric_sums["non_finite_step"])
+        if (broken >= 0).any():
+            self._refuse_non_finite(int(broken[broken >= 0].min()), broken < 0)
         if self.store.latest_step() != step:
             self._save(state, clock, evaluated=evaluated, selection=None)
         self.store.wait()

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -29,6 +30,11 @@ class TrainState:
     objective_state: Any
     metric_sums: Any
     rng: jax.Array
+
+    @property
+    def steps_done(self) -> int:
+        """``step`` as a number; of several seeds, stacked, all steps are equal."""
+        return int(np.asarray(self.step).max())
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ the objectives -> gradient -> projections -> optimiser -> state of the objective
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Rows, fetch
 from bnn_jax.training.projections import Projection, Update
 from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.seeds import over
 from bnn_jax.training.state import TrainState
 
 # Metrics that are numbers of images; the others are means over a step's images.
@@ -362,21 +364,29 @@ def _add_metrics(sums: dict[str, jax.Array], metrics: dict[str, jax.Array], step
     return {**new, "non_finite_step": jnp.where(first, step, sums["non_finite_step"])}
 
 
-def compile_train_steps(parts: StepParts, devices: Devices) -> Callable:
+def compile_train_steps(
+    parts: StepParts, devices: Devices, *, num_seeds: int = 1, own_teachers: bool = False
+) -> Callable:
     """Jitted function of (state, constants, rows (K, N), mask (K, N)) that runs K steps in one dispatch.
 
     The rows of a step are indices or, where images are read as they are needed, images and labels; see ``train_step``.
     The state is donated. Returns the new state and the steps' metrics stacked (K,).
+
+    Args:
+      parts: static parts.
+      devices: placement.
+      num_seeds: S; with more than one the state is stacked, rows and mask are (K, S, N), the metrics (K, S).
+      own_teachers: whether the teacher's variables are stacked too; else all seeds share one.
     """
+    shared = Constants(images=None, labels=None, teacher=0 if own_teachers else None)
+    step = over(functools.partial(train_step, parts), num_seeds, in_axes=(0, shared, 0, 0))
 
     def run(state: TrainState, constants: Constants, rows: Rows, mask: jax.Array):
         length = mask.shape[0]
         if length == 1:
-            state, metrics = train_step(parts, state, constants, jax.tree.map(lambda row: row[0], rows), mask[0])
+            state, metrics = step(state, constants, jax.tree.map(lambda row: row[0], rows), mask[0])
             return state, jax.tree.map(lambda value: value[None], metrics)
-        return jax.lax.scan(
-            lambda carry, xs: train_step(parts, carry, constants, *xs), state, (rows, mask), unroll=_unroll(length)
-        )
+        return jax.lax.scan(lambda carry, xs: step(carry, constants, *xs), state, (rows, mask), unroll=_unroll(length))
 
     replicated, split = devices.replicated, devices.stacked_rows
     return jax.jit(
@@ -387,8 +397,10 @@ def compile_train_steps(parts: StepParts, devices: Devices) -> Callable:
     )
 
 
-def compile_end_of_epoch(objectives: Sequence[Objective], devices: Devices) -> Callable[[TrainState], TrainState]:
-    """Jitted function that lets the objectives close the epoch and clears the epoch's sums."""
+def compile_end_of_epoch(
+    objectives: Sequence[Objective], devices: Devices, *, num_seeds: int = 1
+) -> Callable[[TrainState], TrainState]:
+    """Jitted function that lets the objectives close the epoch and clears the epoch's sums, of one seed or several."""
 
     def end_of_epoch(state: TrainState) -> TrainState:
         states = {
@@ -400,15 +412,19 @@ def compile_end_of_epoch(objectives: Sequence[Objective], devices: Devices) -> C
         sums["non_finite_step"] = jnp.full((), -1, jnp.int32)
         return state.replace(objective_state=states, metric_sums=sums)
 
-    return jax.jit(end_of_epoch, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)
+    run = over(end_of_epoch, num_seeds)
+    return jax.jit(run, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)
 
 
-def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False) -> Callable:
+def compile_eval_step(
+    network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False, num_seeds: int = 1
+) -> Callable:
     """Jitted function of (variables, images, labels, rows (N,), mask (N,)) -> sums over the valid rows.
 
     The rows are indices or, with None for images and labels, images and labels themselves; see ``fetch``.
 
-    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet.
+    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet. With more than one seed
+    the variables are stacked, and so are the sums; such a network has no branches.
 
     The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among
     the five largest logits (among all where there are fewer classes).
@@ -430,4 +446,5 @@ def compile_eval_step(network: Any, prepare: PrepareEval, devices: Devices, *, w
 
     replicated, rows = devices.replicated, devices.rows
     last = (replicated,) if with_choice else ()
+    run = over(run, num_seeds, in_axes=(0, None, None, None, None))
     return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows, *last), out_shardings=replicated)

@@ -50,7 +50,7 @@ def _folder_of(prepared):
 
 def test_the_source_is_streamed_and_has_the_usual_constants(prepared_once):
     source = _build(prepared_once, options=())
-    assert source.streamed and source.validation is None
+    assert source.streamed and data.SOURCES[source.name].streamed and source.validation is None
     assert (source.image_shape, source.num_classes) == ((224, 224, 3), 1000)
     assert (source.mean, source.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (len(source.train), len(source.test)) == (20, 6)

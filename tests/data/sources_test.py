@@ -150,7 +150,7 @@ def test_imagenet_is_described_without_reading_it():
 
 
 def test_images_in_memory_refuse_what_is_for_images_that_are_read_while_training():
-    assert not _build("digits", num_train=10).streamed
+    assert not _build("digits", num_train=10).streamed and not data.SOURCES["digits"].streamed
     message = r"^config\.data\.augment='random_resized_crop_flip': accepted with digits are pad_crop_flip, .*, none$"
     with pytest.raises(DataError, match=message):
         _build("digits", augment="random_resized_crop_flip")

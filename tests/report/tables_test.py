@@ -50,6 +50,14 @@ def test_sub_bit_weights_by_levels_keep_their_fraction() -> None:
     assert row[1] == "0.556"
 
 
+def test_a_mean_over_seeds_stands_with_its_standard_deviation() -> None:
+    several = {**RESULT, "stage": "w32a32", "num_seeds": 5, "last_top1_sd": 10.254, "best_top1_sd": 9.0}
+    text = rendered(tables.results_table([{**several, "best_epoch": 239}]))
+    assert " ".join(row_of(text, "w32a32")[:8]) == "w32a32 1 81.25 ± 10.25 % 82.50 %"
+    assert "± the standard" in text
+    assert "±" not in rendered(tables.results_table([RESULT]))
+
+
 def test_missing_values_of_a_result_are_dashes() -> None:
     assert row_of(rendered(tables.results_table([{"stage": "w1a1"}])), "w1a1") == ["w1a1"] + ["-"] * 9
 

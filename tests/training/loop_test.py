@@ -44,8 +44,8 @@ def compiled_once():
     """All loops here are of one stage and share its programs: compiling is what takes the time."""
     run_steps, end = compile_train_steps(PARTS, DEVICES), compile_end_of_epoch(PARTS.objectives, DEVICES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "compile_train_steps", lambda *_: run_steps)
-        patch.setattr(loop_module, "compile_end_of_epoch", lambda *_: end)
+        patch.setattr(loop_module, "compile_train_steps", lambda *_, **__: run_steps)
+        patch.setattr(loop_module, "compile_end_of_epoch", lambda *_, **__: end)
         yield
 
 

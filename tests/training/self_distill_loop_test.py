@@ -39,8 +39,8 @@ def shared_programs():
     """Programs of PARTS, compiled once: compiling is what takes the time."""
     run_steps, end = compile_train_steps(PARTS, DEVICES), compile_end_of_epoch(PARTS.objectives, DEVICES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "compile_train_steps", lambda *_: run_steps)
-        patch.setattr(loop_module, "compile_end_of_epoch", lambda *_: end)
+        patch.setattr(loop_module, "compile_train_steps", lambda *_, **__: run_steps)
+        patch.setattr(loop_module, "compile_end_of_epoch", lambda *_, **__: end)
         yield
 
 
