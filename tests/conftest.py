@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import sys
 
 import pytest
 
+TESTS_RUN = pytest.StashKey[int]()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bnn_jax" / "xla"
 
@@ -18,6 +20,22 @@ for name, value in {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
 }.items():
     os.environ.setdefault(name, value)
+
+
+# jax keeps the last 8192 programs of a process and stops counting when they are that many (`_cache_size` is then 0, and
+# calls take a longer way). The tests need about four each.
+TESTS_BETWEEN_CLEARINGS = 500
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets compiled programs at the end of a file, once enough tests have run; what is needed again is on disk."""
+    count = item.config.stash.get(TESTS_RUN, 0) + 1
+    end_of_file = nextitem is None or nextitem.path != item.path
+    if end_of_file and count >= TESTS_BETWEEN_CLEARINGS and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        count = 0
+    item.config.stash[TESTS_RUN] = count
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
