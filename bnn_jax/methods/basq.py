@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax.errors import UserError
-from bnn_jax.methods.common import data_spec, sgd_spec
+from bnn_jax.methods.common import data_spec, teacher_stage
 from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         seed=config["seed"] + 3000,
     )
     tuned = [_finetune(config, search, fold) for fold in range(basq["folds"])]
-    teacher = (teacher_stage(config),) if basq["teacher"] == "stage" else ()
+    teacher = (teacher_stage(config, basq, name=TEACHER),) if basq["teacher"] == "stage" else ()
     return (*teacher, first, second, search, *tuned)
 
 
@@ -94,23 +94,6 @@ def _check(config: Mapping[str, Any], switches: Mapping[str, Any]) -> None:
         raise UserError(
             "config.data.validation_fraction=0.0: config.basq.search_on='validation' needs images held out of training"
         )
-
-
-def teacher_stage(config: Mapping[str, Any]) -> Stage:
-    """The full-precision network, trained on the labels by stochastic gradient descent as ``config.train`` says."""
-    basq = config["basq"]
-    rate = spec("cosine", initial=basq["teacher_learning_rate"])
-    return Stage(
-        name=TEACHER,
-        network=spec(basq["teacher_network"]),
-        quant=QuantSpec(),
-        data=data_spec(config),
-        objectives=(spec("cross_entropy", weight=1.0),),
-        optim=sgd_spec(config, learning_rate=rate, epochs=basq["teacher_epochs"]),
-        seed=config["seed"],
-        init_seed=config["seed"],
-        compute_dtype=config["train"]["compute_dtype"],
-    )
 
 
 def quant_spec(bits: int, *, quantize_weights: bool) -> QuantSpec:

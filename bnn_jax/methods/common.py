@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax.errors import UserError
-from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, Spec, Stage, spec
+from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 # Weights of the self-distillation terms in the published recipes.
 EXTRA_OBJECTIVE_WEIGHTS = {"feature_swap": 1.0, "label_bank": 0.05, "cluster": 0.01}
@@ -38,6 +38,28 @@ def sgd_spec(config: Mapping[str, Any], *, learning_rate: Spec, epochs: int) -> 
         batch_size=train["batch_size"],
         groups=(ParameterGroup(".*", weight_decay=train["weight_decay"]),),
         drop_last_batch=train["drop_last_batch"],
+    )
+
+
+def teacher_stage(config: Mapping[str, Any], section: Mapping[str, Any], *, name: str) -> Stage:
+    """A full-precision network, trained on the labels by stochastic gradient descent as ``config.train`` says.
+
+    Args:
+      config: validated config.
+      section: the method's own section, with teacher_network, teacher_epochs and teacher_learning_rate.
+      name: name of the stage.
+    """
+    rate = spec("cosine", initial=section["teacher_learning_rate"])
+    return Stage(
+        name=name,
+        network=spec(section["teacher_network"]),
+        quant=QuantSpec(),
+        data=data_spec(config),
+        objectives=(spec("cross_entropy", weight=1.0),),
+        optim=sgd_spec(config, learning_rate=rate, epochs=section["teacher_epochs"]),
+        seed=config["seed"],
+        init_seed=config["seed"],
+        compute_dtype=config["train"]["compute_dtype"],
     )
 
 

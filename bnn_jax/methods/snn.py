@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from bnn_jax.errors import UserError
-from bnn_jax.methods.common import data_spec, sgd_spec
+from bnn_jax.methods.common import data_spec, teacher_stage
 from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,7 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         _step(config, switches, name, epochs=epochs[name], weight_decay=decays[name], previous=previous)
         for previous, name in zip((None, *steps), steps)
     ]
-    return (teacher_stage(config), *students) if snn["teacher"] == "stage" else tuple(students)
+    return (teacher_stage(config, snn, name=TEACHER), *students) if snn["teacher"] == "stage" else tuple(students)
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,23 +73,6 @@ def _by_step(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     if len(values) not in (1, 2):
         raise UserError(f"config.snn.{key}={values!r}: accepted is one value, or one for each of {FIRST}, {SECOND}")
     return {FIRST: values[0], SECOND: values[-1]}
-
-
-def teacher_stage(config: Mapping[str, Any]) -> Stage:
-    """The full-precision network, trained on the labels by stochastic gradient descent as ``config.train`` says."""
-    snn = config["snn"]
-    rate = spec("cosine", initial=snn["teacher_learning_rate"])
-    return Stage(
-        name=TEACHER,
-        network=spec(snn["teacher_network"]),
-        quant=QuantSpec(),
-        data=data_spec(config),
-        objectives=(spec("cross_entropy", weight=1.0),),
-        optim=sgd_spec(config, learning_rate=rate, epochs=snn["teacher_epochs"]),
-        seed=config["seed"],
-        init_seed=config["seed"],
-        compute_dtype=config["train"]["compute_dtype"],
-    )
 
 
 def _step(
