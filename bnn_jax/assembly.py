@@ -323,7 +323,7 @@ def _stage_of_teacher_file(stage: Stage) -> Stage:
     """The stage with the network whose variables a teacher's file holds."""
     if stage.teacher_network is None:
         return stage
-    return dataclasses.replace(stage, network=stage.teacher_network, quant=QuantSpec())
+    return dataclasses.replace(stage, network=stage.teacher_network, quant=stage.teacher_quant or QuantSpec())
 
 
 def teacher_variables(run: Run, assembly: Assembly) -> dict[str, Any]:

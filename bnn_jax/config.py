@@ -64,6 +64,8 @@ TEACHER = _range(
     "'stage' or 'file:PATH'", lambda value: value == "stage" or (value.startswith("file:") and value != "file:")
 )
 
+FILE = _range("'file:PATH'", lambda value: value.startswith("file:") and value != "file:")
+
 COMMON: dict[str, Key] = {
     "method": Key(str),
     "name": Key(str),
@@ -121,10 +123,13 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "asbq": {
         "asbq.preset": Key(str, ("paper", "release", "checkpoint")),
         "asbq.bits": Key(tuple, CHAIN_BITS, item=int),
+        "asbq.init_from": Key(str, FILE, optional=True),
+        "asbq.init_bits": Key(int, _range("32, or 1 to 8", lambda bits: bits == 32 or 1 <= bits <= 8)),
         "asbq.epochs": Key(tuple, ALL_POSITIVE, item=int),
         "asbq.learning_rates": Key(tuple, ALL_POSITIVE, item=float),
         "asbq.learning_rate_boundaries": Key(tuple, ALL_NOT_NEGATIVE, item=float),
         "asbq.learning_rate_factors": Key(tuple, ALL_NOT_NEGATIVE, item=float),
+        "asbq.schedule_epochs": Key(int, POSITIVE, optional=True),
         "asbq.block": Key(str, ("release", "checkpoint", "imagenet"), optional=True),
         "asbq.w1": Key(str, ("sign", "levels"), optional=True),
         "asbq.prune_amount": Key(float, FRACTION),

@@ -169,7 +169,7 @@ class Stage:
       compute_dtype: 'float32' or 'bfloat16' (convolutions of integer codes only).
       log_gradient_norms: whether the gradient norm of every objective is recorded; costs one backward pass for each.
       projections: changes made to parameters and state in every training step, between gradient and optimiser.
-      teacher_network: network of a teacher that is a file ('file:PATH'), in full precision; None: this stage's own
+      teacher_network: network of a teacher that is a file ('file:PATH'); None: this stage's own
         network with its quantizers.
       kind: 'train', or 'search': looks for the best choices of the supernet of ``init_from`` and trains nothing, so
         that objectives and optim say nothing but the batch size.
@@ -202,6 +202,7 @@ class Stage:
     log_gradient_norms: bool = False
     projections: tuple[Spec, ...] = dataclasses.field(default=(), metadata=_LATER)
     teacher_network: Spec | None = dataclasses.field(default=None, metadata=_LATER)
+    teacher_quant: QuantSpec | None = dataclasses.field(default=None, metadata=_LATER)
     kind: Literal["train", "search"] = dataclasses.field(default="train", metadata=_LATER)
     choice: str | None = dataclasses.field(default=None, metadata=_LATER)
     search: Spec | None = dataclasses.field(default=None, metadata=_LATER)

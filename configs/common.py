@@ -51,10 +51,13 @@ def asbq() -> ml_collections.ConfigDict:
     section = ml_collections.ConfigDict()
     section.preset = "paper"  # 'paper' | 'release' | 'checkpoint', see bnn_jax/methods/asbq.py
     section.bits = (32, 8, 4, 2, 1)  # bit width of each rung
+    section.init_from = config_dict.placeholder(str)  # 'file:PATH', a checkpoint that the first rung starts from
+    section.init_bits = 32  # bit width of the network in that file, which teaches the first rung
     section.epochs = (240,)  # per rung, or one for all
     section.learning_rates = (0.1, 0.1, 0.1, 0.01, 0.01)  # base rate per rung, or one for all
     section.learning_rate_boundaries = (80.0, 120.0, 180.0)  # epochs at which the factor changes
     section.learning_rate_factors = (1.0, 0.1, 0.01, 0.001)  # factors on the base rate
+    section.schedule_epochs = config_dict.placeholder(int)  # length the boundaries are of, scaled to a rung; None: not
     section.block = config_dict.placeholder(str)  # 'release' | 'checkpoint' | 'imagenet'
     section.w1 = config_dict.placeholder(str)  # 1-bit weights: 'sign' (binary) | 'levels' (as released)
     section.prune_amount = 0.05  # share of filters (VGG-Small: 1x2 blocks) masked

@@ -98,9 +98,9 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     bits = config["asbq"]["bits"]
     epochs = _per_rung(config, "epochs")
     rates = _per_rung(config, "learning_rates")
-    names = [None, *map(stage_name, bits)]
+    sources = [config["asbq"]["init_from"], *(f"stage:{stage_name(rung)}@{switches['copy_from']}" for rung in bits)]
     return tuple(
-        _rung(config, switches, bits=rung, epochs=epochs[i], rate=rates[i], previous=names[i], seed=i)
+        _rung(config, switches, bits=rung, epochs=epochs[i], rate=rates[i], source=sources[i], seed=i)
         for i, rung in enumerate(bits)
     )
 
@@ -122,29 +122,38 @@ def _rung(
     bits: int,
     epochs: int,
     rate: float,
-    previous: str | None,
+    source: str | None,
     seed: int,
 ) -> Stage:
     network_options = {"block": switches["block"]} if has_asbq_blocks(config["network"]) else {}
-    source = None if previous is None else f"stage:{previous}@{switches['copy_from']}"
-    from_copied = previous is not None and switches["prune_source"] == "copied_weights"
+    from_copied = source is not None and switches["prune_source"] == "copied_weights"
+    teacher = source if source is not None and switches["kd_weight"] > 0 else None
+    taught_by_file = teacher is not None and teacher.startswith("file:")
     return Stage(
         name=stage_name(bits),
         network=spec(config["network"], kernel_init=switches["init"], **network_options),
-        quant=quant_spec(config, switches, bits=bits, masked=previous is not None or not _paper_masks(switches)),
+        quant=quant_spec(config, switches, bits=bits, masked=source is not None or not _paper_masks(switches)),
         data=data_spec(config),
-        objectives=objectives(config, switches, has_teacher=previous is not None),
-        optim=sgd_spec(config, learning_rate=_learning_rate(config, rate), epochs=epochs),
+        objectives=objectives(config, switches, has_teacher=source is not None),
+        optim=sgd_spec(config, learning_rate=_learning_rate(config, rate, epochs=epochs), epochs=epochs),
         init_from=source,
-        teacher=source if previous is not None and switches["kd_weight"] > 0 else None,
+        teacher=teacher,
+        teacher_network=spec(config["network"], **network_options) if taught_by_file else None,
+        teacher_quant=_first_source_quant(config, switches) if taught_by_file else None,
         recompute=("quant_state/.*/mask$",) if from_copied else (),
         seed=config["seed"] + 1000 * seed,
         # The published masks differ between the first rung and the others, and are the same in all others: each run
         # reseeds and draws the student after the teacher. A mask from random weights depends on this seed alone.
-        init_seed=config["seed"] if previous is None else config["asbq"]["mask_seed"],
+        init_seed=config["seed"] if source is None else config["asbq"]["mask_seed"],
         bits=float(bits),
         compute_dtype=config["train"]["compute_dtype"],
     )
+
+
+def _first_source_quant(config: Mapping[str, Any], switches: Mapping[str, Any]) -> QuantSpec:
+    """Quantizers of the network in the file that the first rung starts from."""
+    bits = config["asbq"]["init_bits"]
+    return quant_spec(config, switches, bits=bits, masked=bits < 32 or not _paper_masks(switches))
 
 
 def _paper_masks(switches: Mapping[str, Any]) -> bool:
@@ -182,7 +191,7 @@ def objectives(config: Mapping[str, Any], switches: Mapping[str, Any], *, has_te
     return (spec("cross_entropy", weight=1.0 - weight), distillation)
 
 
-def _learning_rate(config: Mapping[str, Any], base: float) -> Spec:
+def _learning_rate(config: Mapping[str, Any], base: float, *, epochs: int) -> Spec:
     asbq = config["asbq"]
     boundaries, factors = asbq["learning_rate_boundaries"], asbq["learning_rate_factors"]
     if len(factors) != len(boundaries) + 1 or list(boundaries) != sorted(boundaries):
@@ -190,4 +199,6 @@ def _learning_rate(config: Mapping[str, Any], base: float) -> Spec:
             f"config.asbq.learning_rate_factors={factors!r}: accepted is one more than the rising boundaries, "
             f"{boundaries!r}"
         )
+    if asbq["schedule_epochs"] is not None:
+        boundaries = tuple(boundary * epochs / asbq["schedule_epochs"] for boundary in boundaries)
     return spec("piecewise", boundaries=boundaries, values=tuple(base * factor for factor in factors))

@@ -306,3 +306,37 @@ def test_a_network_with_blocks_of_its_own_keeps_them():
 
 def test_the_compute_type_reaches_every_rung():
     assert {stage.compute_dtype for stage in stages(train_compute_dtype="bfloat16")} == {"bfloat16"}
+
+
+# ---- a chain that starts from a file
+
+FILE = "file:w4a4.pth.tar"
+
+
+def from_file(**changes: Any) -> tuple[Stage, ...]:
+    return stages(asbq_bits=(2, 1), asbq_init_from=FILE, asbq_init_bits=4, **changes)
+
+
+def test_the_first_rung_copies_the_file_and_is_masked_like_any_rung_but_the_first():
+    first, second = from_file()
+    assert (first.init_from, second.init_from) == (FILE, "stage:w2a2@last")
+    assert first.recompute == second.recompute and first.init_seed == second.init_seed
+
+
+def test_the_file_teaches_the_first_rung_as_the_network_it_is():
+    first, second = from_file()
+    whole = stages(asbq_bits=(8, 4))[1]
+    assert first.teacher == FILE
+    assert first.teacher_quant == whole.quant
+    assert second.teacher == "stage:w2a2@last" and second.teacher_quant is None
+
+
+def test_without_distillation_the_file_teaches_nobody():
+    first, _ = from_file(asbq_preset="checkpoint")
+    assert first.teacher is None and first.teacher_network is None and first.teacher_quant is None
+
+
+def test_boundaries_are_scaled_to_the_length_of_each_rung():
+    first, second = from_file(asbq_epochs=(24, 48), asbq_schedule_epochs=240)
+    assert first.optim.learning_rate.kwargs["boundaries"] == pytest.approx((8.0, 12.0, 18.0))
+    assert second.optim.learning_rate.kwargs["boundaries"] == pytest.approx((16.0, 24.0, 36.0))
