@@ -314,7 +314,7 @@ FILE = "file:w4a4.pth.tar"
 
 
 def from_file(**changes: Any) -> tuple[Stage, ...]:
-    return stages(asbq_bits=(2, 1), asbq_init_from=FILE, asbq_init_bits=4, **changes)
+    return stages(asbq_bits=(2, 1), asbq_learning_rates=(0.01,), asbq_init_from=FILE, asbq_init_bits=4, **changes)
 
 
 def test_the_first_rung_copies_the_file_and_is_masked_like_any_rung_but_the_first():
@@ -325,7 +325,7 @@ def test_the_first_rung_copies_the_file_and_is_masked_like_any_rung_but_the_firs
 
 def test_the_file_teaches_the_first_rung_as_the_network_it_is():
     first, second = from_file()
-    whole = stages(asbq_bits=(8, 4))[1]
+    whole = stages(asbq_bits=(8, 4), asbq_learning_rates=(0.1,))[1]
     assert first.teacher == FILE
     assert first.teacher_quant == whole.quant
     assert second.teacher == "stage:w2a2@last" and second.teacher_quant is None
