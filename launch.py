@@ -45,32 +45,32 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
         print(USAGE, end="")
         return 0
-    from bnn_jax import command_line, distributed
+    from bnn_jax import command_line, hosts
     from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError
 
     try:
         command_line.run(command_line.parse(argv))
     except Interrupted as stopped:
-        return distributed.finish(128 + stopped.signal_number, str(stopped))
+        return hosts.finish(128 + stopped.signal_number, str(stopped))
     except UserError as error:
-        return distributed.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
+        return hosts.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
     except KeyboardInterrupt:
         message = "stopped; what was saved is kept, the same command goes on from there"
-        return distributed.fail(128 + signal.SIGINT, message, label="")
+        return hosts.fail(128 + signal.SIGINT, message, label="")
     except Exception as error:
-        if distributed.is_lost_contact(error):
-            distributed.lose_contact(error)
+        if hosts.is_lost_contact(error):
+            hosts.lose_contact(error)
         if isinstance(error, OSError):
             # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
-            from bnn_jax.run_folder import describe_os_error
+            from bnn_jax.experiment.run_folder import describe_os_error
 
             where = f"{error.filename}: " if error.filename else ""
-            return distributed.fail(2, f"{where}{describe_os_error(error)}")
-        if distributed.count() == 1:
+            return hosts.fail(2, f"{where}{describe_os_error(error)}")
+        if hosts.count() == 1:
             raise
         traceback.print_exc()
-        return distributed.fail(1, f"{type(error).__name__}, see above")
-    return distributed.finish(0, None)
+        return hosts.fail(1, f"{type(error).__name__}, see above")
+    return hosts.finish(0, None)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax import run_folder
-from bnn_jax.assembly import Run, assemble, initial_variables
-from bnn_jax.config import validate
+from bnn_jax.experiment import run_folder
+from bnn_jax.experiment.build import Run, assemble, initial_variables
+from bnn_jax.experiment.config import validate
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.feed import Feed
-from bnn_jax.training.steps import Constants, compile_train_steps
+from bnn_jax.training.step import Constants, compile_train_steps
 
 # Config and images per step.
 ROWS = {
@@ -93,10 +93,10 @@ class Step:
 
 def create_variables(assembly: Any) -> dict[str, Any]:
     """Fresh variables of the stage's network, whatever the stage would start from."""
-    from bnn_jax.training import create
+    from bnn_jax.experiment import start
 
     images = jax.numpy.zeros((1, *assembly.source.image_shape))
-    return create.init_variables(assembly.network, jax.random.key(0), images)
+    return start.init_variables(assembly.network, jax.random.key(0), images)
 
 
 def measure(steps: list[Step], options: argparse.Namespace, peaks: tuple[float, float, float] | None) -> list[dict]:

@@ -27,14 +27,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax import data, networks, run_folder
+from bnn_jax import data, networks
 from bnn_jax.data.augment import prepare_eval
+from bnn_jax.experiment import run_folder, start
 from bnn_jax.methods.basq import quant_spec
+from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.stages import DataSpec, spec
-from bnn_jax.training import create
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import Evaluator
-from bnn_jax.training.population import PopulationEvaluator
 
 
 def setting(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
@@ -44,7 +44,7 @@ def setting(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     source = data.build(choice, data_dir=None)
     quant = quant_spec(options.bits, quantize_weights=True)
     network = networks.build(spec(options.network), quant, num_classes=source.num_classes)
-    variables = create.init_variables(network, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    variables = start.init_variables(network, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     prepare = functools.partial(prepare_eval, mean=source.mean, std=source.std)
     return network, all_devices().replicate(variables), source.test, prepare
 

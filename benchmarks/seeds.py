@@ -23,13 +23,13 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax import run_folder
-from bnn_jax.assembly import Assembly, Run, assemble, initial_state
-from bnn_jax.config import validate
+from bnn_jax.experiment import run_folder
+from bnn_jax.experiment.build import Assembly, Run, assemble, initial_state
+from bnn_jax.experiment.config import validate
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.loop import dispatch_length
 from bnn_jax.training.seeds import take
-from bnn_jax.training.steps import Constants, compile_train_steps
+from bnn_jax.training.step import Constants, compile_train_steps
 from configs import asbq_resnet20
 
 

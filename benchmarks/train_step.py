@@ -31,11 +31,11 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax import run_folder
-from bnn_jax.assembly import Run, assemble, initial_variables, make_evaluator
-from bnn_jax.config import validate
+from bnn_jax.experiment import run_folder
+from bnn_jax.experiment.build import Run, assemble, initial_variables, make_evaluator
+from bnn_jax.experiment.config import validate
 from bnn_jax.quantizers import QuantContext
-from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import EpochClock, LoopOptions, StageLoop

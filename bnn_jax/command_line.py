@@ -14,9 +14,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bnn_jax import distributed
-from bnn_jax.config import flatten, suggest, validate
+from bnn_jax import hosts
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import flatten, suggest, validate
 
 MODES = ("train", "evaluate", "summary", "report")
 
@@ -156,21 +156,19 @@ def _describe_illegal_value(message: str, config: ConfigDict) -> str:
     return f"{message.removeprefix('flag ')}: accepted is {place.get_type(key).__name__}"
 
 
-def peers_of(values: Any) -> distributed.Peers | None:
+def peers_of(values: Any) -> hosts.Peers | None:
     """The other processes, as the flags or else the launcher name them; None on a single process.
 
     Raises:
       UserError: flags that do not go together, or a mode that works on one process alone.
     """
     seconds = {name: values[name].value for name in SECONDS}
-    named = distributed.peers(
-        coordinator=values.coordinator, count=values.num_processes, index=values.process_id, **seconds
-    )
+    named = hosts.peers(coordinator=values.coordinator, count=values.num_processes, index=values.process_id, **seconds)
     if values.distributed == "off":
         if named is not None:
             raise UserError("--distributed=off: of no use with --coordinator")
         return None
-    launcher = distributed.launcher() if named is None else None
+    launcher = hosts.launcher() if named is None else None
     if launcher is None:
         return named
     if values.mode not in OPTION_MODES["coordinator"]:
@@ -178,7 +176,7 @@ def peers_of(values: Any) -> distributed.Peers | None:
             f"--mode={values.mode} works on one process, and {launcher} started several; start it outside of the job, "
             "or with --distributed=off"
         )
-    return distributed.Peers(**seconds)
+    return hosts.Peers(**seconds)
 
 
 def one_line(error: BaseException) -> str:
@@ -200,43 +198,43 @@ def run(values: Any) -> None:
     peers = peers_of(values)
     if peers is not None:
         # Before anything looks for devices.
-        distributed.connect(peers)
+        hosts.connect(peers)
         _check_same_command(values, config)
     # Only now: importing jax takes seconds, and a mistake should show at once.
-    from bnn_jax import pipeline
+    from bnn_jax.experiment import pipeline
 
     job = pipeline.Run(config, Path(values.workdir or Path("runs") / config["name"]))
     modes = {"train": _train, "evaluate": _evaluate, "summary": _summary, "report": _report}
     result = modes[values.mode](job, values)
-    if values.json and distributed.is_first():
+    if values.json and hosts.is_first():
         print(json.dumps(result), flush=True)
 
 
 def _check_same_command(values: Any, config: dict[str, Any]) -> None:
     """Raises UserError where a process was given another command than the first one; they would wait for each other."""
     options = {name: values[name].value for name in ("mode", "workdir", "stage", "checkpoint", "fresh")}
-    distributed.same_everywhere("command", {**options, "config": flatten(config)})
+    hosts.same_everywhere("command", {**options, "config": flatten(config)})
 
 
 def _train(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax import pipeline
+    from bnn_jax.experiment import pipeline
     from bnn_jax.report import tables
 
-    if distributed.is_first():
+    if hosts.is_first():
         tables.show(tables.stages_table(job.stages), file=sys.stderr)
     result = {"stages": pipeline.train(job, from_stage=values.stage, fresh=values.fresh)}
-    if distributed.is_first():
+    if hosts.is_first():
         tables.show(tables.results_table(result["stages"]))
         _show_winners(pipeline.winners(job), result)
     return result
 
 
 def _evaluate(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax import pipeline
+    from bnn_jax.experiment import pipeline
 
     checkpoint = Path(values.checkpoint) if values.checkpoint else None
     result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
-    if distributed.is_first():
+    if hosts.is_first():
         name = values.stage or result["stage"]
         for row in result.get("seeds", ()):
             print(f"{name}, seed {row['seed']}: {_evaluated(row)}")
@@ -256,7 +254,7 @@ def _evaluated(result: dict[str, Any]) -> str:
 
 
 def _summary(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax import pipeline
+    from bnn_jax.experiment import pipeline
     from bnn_jax.report import tables
 
     name = values.stage or job.stages[-1].name
@@ -266,7 +264,7 @@ def _summary(job: Any, values: Any) -> dict[str, Any]:
 
 
 def _report(job: Any, _: Any) -> dict[str, Any]:
-    from bnn_jax import pipeline
+    from bnn_jax.experiment import pipeline
     from bnn_jax.report import tables
 
     result = pipeline.report(job)

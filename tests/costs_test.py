@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bnn_jax import data, networks, pipeline
-from bnn_jax.assembly import Run
-from bnn_jax.config import validate
+from bnn_jax import data, networks
+from bnn_jax.experiment import pipeline
+from bnn_jax.experiment.build import Run
+from bnn_jax.experiment.config import validate
 from bnn_jax.networks import NETWORKS
 from bnn_jax.report import tables
 from bnn_jax.report.complexity import Complexity, TotalComplexity, complexity

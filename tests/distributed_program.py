@@ -12,27 +12,25 @@ import signal
 import sys
 import time
 
-from bnn_jax import distributed
+from bnn_jax import hosts
 from bnn_jax.errors import UserError
 
 
 def main(index: int, count: int, port: str, seconds: int, deeds: list[str]) -> int:
     """Joins the others, decides something together, and does the deed."""
     try:
-        distributed.connect(
-            distributed.Peers(f"127.0.0.1:{port}", count, index, heartbeat_seconds=10, connect_seconds=seconds)
-        )
+        hosts.connect(hosts.Peers(f"127.0.0.1:{port}", count, index, heartbeat_seconds=10, connect_seconds=seconds))
     except UserError as error:
-        return distributed.fail(2, str(error))
-    decided = distributed.from_first("who", lambda: [index, distributed.from_first("inside", lambda: "both")])
-    print(decided, distributed.index(), distributed.count(), distributed.is_first(), flush=True)
+        return hosts.fail(2, str(error))
+    decided = hosts.from_first("who", lambda: [index, hosts.from_first("inside", lambda: "both")])
+    print(decided, hosts.index(), hosts.count(), hosts.is_first(), flush=True)
     if deeds[index] == "fail":
-        return distributed.fail(2, f"nothing works {deeds.count('fail')}")
+        return hosts.fail(2, f"nothing works {deeds.count('fail')}")
     if deeds[index] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if deeds[index] == "work":
         time.sleep(60)
-    return distributed.finish(143, "stopped")
+    return hosts.finish(143, "stopped")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The ordinary ReLU networks: post-activation ResNets for CIFAR and ImageNet, and VGG-Small.
 
 They are what low-bit networks are compared with and taught by. Parameters have the names and shapes of the usual
-ImageNet weights of PyTorch, which ``training/import_weights.py`` reads. ReLU has the gradient 0 at exactly 0.
+ImageNet weights of PyTorch, which ``storage/pytorch.py`` reads. ReLU has the gradient 0 at exactly 0.
 """
 
 import flax.linen as nn

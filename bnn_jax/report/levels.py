@@ -10,7 +10,7 @@ import flax.traverse_util
 import numpy as np
 
 from bnn_jax.quantizers.base import Encoded
-from bnn_jax.training.realised import encoded_weights
+from bnn_jax.storage.weights import encoded_weights
 
 
 @dataclasses.dataclass(frozen=True)

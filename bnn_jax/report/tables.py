@@ -102,7 +102,7 @@ def winners_table(winners: Mapping[str, Any]) -> Table:
     """The winners of a search's folds, and mean and standard deviation over them.
 
     Args:
-      winners: from ``pipeline.winners``.
+      winners: from ``experiment.pipeline.winners``.
     """
     table = new_table("Winners", caption=_winners_caption(winners["correlation"]))
     names = {"fold_top1": "fold", "full_top1": "full", "tuned_top1": "bnfull", "test_top1": "test"}

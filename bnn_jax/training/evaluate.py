@@ -13,7 +13,7 @@ from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
 from bnn_jax.training.seeds import Seeds, one_seed
-from bnn_jax.training.steps import PrepareEval, compile_eval_step
+from bnn_jax.training.step import PrepareEval, compile_eval_step
 
 
 class Evaluator:

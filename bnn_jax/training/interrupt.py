@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import distributed
+from bnn_jax import hosts
 from bnn_jax.training.devices import all_devices
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -39,7 +39,7 @@ class Agreement:
           number: of this process, int32, not negative.
           at_once: wait for all answers, for places where there are no steps to wait for.
         """
-        if distributed.count() == 1:
+        if hosts.count() == 1:
             return number
         self._answers.append(self._queue(number))
         while len(self._answers) > (0 if at_once else ANSWERS_AHEAD):
@@ -81,7 +81,7 @@ class StopRequest:
         Args:
           at_once: wait for the answers under way, for places where there are no steps to wait for.
         """
-        if distributed.count() == 1:
+        if hosts.count() == 1:
             return bool(self)
         number = self._agreement.largest(self.signal_number, at_once=at_once)
         if number:

@@ -17,18 +17,18 @@ import numpy as np
 
 from bnn_jax.data.base import ImageSource
 from bnn_jax.errors import Interrupted, NonFiniteLossError
+from bnn_jax.schedules import Schedule
 from bnn_jax.stages import Stage
+from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics
-from bnn_jax.training.checkpoint import CheckpointStore
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.feed import Dispatch, Feed
 from bnn_jax.training.interrupt import Agreement, StopRequest
 from bnn_jax.training.progress import Progress
-from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.seeds import Seeds, one_seed, over
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, compile_end_of_epoch, compile_train_steps
+from bnn_jax.training.step import Constants, StepParts, compile_end_of_epoch, compile_train_steps
 
 # Dispatches that may be under way at once: enough to hide the host's work. Behind slow ones there is nothing to hide,
 # and each that is under way delays a stop.

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from bnn_jax import distributed
+from bnn_jax import hosts
 from bnn_jax.errors import UserError
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """Appends one record and makes sure it is on the disk."""
-    if not distributed.is_first():
+    if not hosts.is_first():
         return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -55,7 +55,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops the records after ``step``, which are about to be made again, and returns the others."""
-    return distributed.from_first("cut back", lambda: _cut_back(path, step))
+    return hosts.from_first("cut back", lambda: _cut_back(path, step))
 
 
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:

@@ -4,19 +4,19 @@ import sys
 import time
 from typing import Any
 
-from bnn_jax import distributed
+from bnn_jax import hosts
 
 PLAIN_LOG_SECONDS = 30.0
 
 
 def say(line: str) -> None:
     """Prints a line of the log (stderr: stdout is for results)."""
-    if distributed.is_first():
+    if hosts.is_first():
         print(line, file=sys.stderr, flush=True)
 
 
 def _has_bar() -> bool:
-    return sys.stderr.isatty() and distributed.is_first()
+    return sys.stderr.isatty() and hosts.is_first()
 
 
 def speed_text(images_per_second: float) -> str:

@@ -19,15 +19,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import data, networks
-from bnn_jax.assembly import Run, assemble
-from bnn_jax.config import validate
 from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.experiment import start
+from bnn_jax.experiment.build import Run, assemble
+from bnn_jax.experiment.config import validate
 from bnn_jax.quantizers.base import Shape
 from bnn_jax.stages import QuantSpec, Spec, Stage, parse_reference, to_json
-from bnn_jax.training import create
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, train_step
+from bnn_jax.training.step import Constants, train_step
 from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent
@@ -138,7 +138,7 @@ def variable_shapes(network: Spec, quant: QuantSpec, described: tuple[Shape, int
     """Shapes of the variables of a network; rungs and variants share many of them, and a trace takes a second."""
     image_shape, num_classes = described
     built = networks.build(network, quant, num_classes=num_classes, compute_dtype=compute_dtype)
-    return create.variable_shapes(built, image_shape)
+    return start.variable_shapes(built, image_shape)
 
 
 def variable_shapes_of(stage: Stage) -> Any:

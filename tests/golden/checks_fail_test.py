@@ -9,10 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import spec
-from bnn_jax.training import import_weights
-from bnn_jax.training.create import variable_shapes
+from bnn_jax.storage import pytorch
 from tests.golden import golden_test
 from tests.golden.asbq.support import full_masks, normalised, quant_spec, to_pytorch
 from tests.golden.asbq.trajectory import check_trajectory
@@ -150,7 +150,7 @@ def made_state(seed: int, widths: tuple[int, ...] = WIDTHS) -> dict[str, np.ndar
         if path.startswith("quant_state/"):
             continue
         layer = path.removeprefix("params/").removesuffix("/kernel")
-        name = import_weights.to_pytorch_name(path, pruned=layer in masked)
+        name = pytorch.to_pytorch_name(path, pruned=layer in masked)
         value = random.normal(0, 0.2, leaf.shape).astype(np.float32)
         state[name] = np.abs(value) + 1 if name.endswith("var") else to_pytorch(value)
     keep = {}
@@ -162,7 +162,7 @@ def made_state(seed: int, widths: tuple[int, ...] = WIDTHS) -> dict[str, np.ndar
 
 def logits_of(state: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
     network = made_network(WIDTHS)
-    variables = import_weights.import_state(state, variable_shapes(network, (32, 32, 3)))
+    variables = pytorch.import_state(state, variable_shapes(network, (32, 32, 3)))
     return np.asarray(network.apply(variables, normalised(images), QuantContext()).logits)
 
 

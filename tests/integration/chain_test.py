@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bnn_jax import pipeline
 from bnn_jax.errors import UserError
+from bnn_jax.experiment import pipeline
 from tests.integration.launching import (
     QUICKSTART,
     STAGES,

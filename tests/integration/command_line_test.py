@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from bnn_jax import command_line
-from bnn_jax.distributed import Peers
 from bnn_jax.errors import UserError
+from bnn_jax.hosts import Peers
 from tests.integration.launching import QUICKSTART
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import launch
-from bnn_jax import run_folder, search_stage
+from bnn_jax.experiment import run_folder, search_stage
+from bnn_jax.search.population import PopulationEvaluator
+from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics
-from bnn_jax.training.checkpoint import CheckpointStore
-from bnn_jax.training.population import PopulationEvaluator
 
 
 def kill_in(

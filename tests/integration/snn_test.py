@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bnn_jax.assembly import Run, assemble, initial_variables
-from bnn_jax.config import validate
+from bnn_jax.experiment.build import Run, assemble, initial_variables
+from bnn_jax.experiment.config import validate
 from bnn_jax.ops import codebook as ops
 from configs.snn_resnet20 import get_config
 from tests.conftest import ROOT

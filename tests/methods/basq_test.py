@@ -3,8 +3,8 @@ import importlib
 import pytest
 
 from bnn_jax import methods
-from bnn_jax.config import validate
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import validate
 from bnn_jax.methods import basq
 from bnn_jax.stages import IDENTITY, fingerprint, parse_choice
 

@@ -1,4 +1,4 @@
-from bnn_jax.config import validate
+from bnn_jax.experiment.config import validate
 from bnn_jax.methods import METHODS, build
 from bnn_jax.methods.common import data_spec, sgd_spec
 from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, spec

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from bnn_jax import methods
-from bnn_jax.config import validate
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import validate
 from bnn_jax.stages import Stage, spec
 
 EXTRA = ("feature_swap", "label_bank", "cluster")

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from bnn_jax.config import validate
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import validate
 from bnn_jax.methods import METHODS, skd
 from bnn_jax.stages import IDENTITY, Stage, spec
 from configs import (

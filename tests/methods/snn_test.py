@@ -7,13 +7,13 @@ import jax
 import pytest
 
 from bnn_jax import networks
-from bnn_jax.config import validate
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.methods import build, snn
 from bnn_jax.quantizers.codebook import REFINE_KNOB
 from bnn_jax.stages import IDENTITY, QuantSpec, Stage, spec
-from bnn_jax.training.create import variable_shapes
-from bnn_jax.training.optim import path_of
+from bnn_jax.training.optimizer import path_of
 from configs import snn_resnet18, snn_resnet18_cifar, snn_resnet20, snn_skd_resnet20, snn_vgg_small
 
 NAMES = ["teacher", "binary_activations", "sub_bit"]

@@ -9,14 +9,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
-from bnn_jax.config import validate
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.start import init_variables, variable_shapes
 from bnn_jax.methods import METHODS, build
 from bnn_jax.quantizers.categorical import VALUE_SETS
 from bnn_jax.report.complexity import complexity
 from bnn_jax.stages import IDENTITY, Stage, spec
-from bnn_jax.training.create import init_variables, variable_shapes
-from bnn_jax.training.optim import group_labels
+from bnn_jax.training.optimizer import group_labels
 from configs import (
     weight_search_resnet18,
     weight_search_resnet20,

@@ -14,12 +14,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
+from bnn_jax.experiment import start
 from bnn_jax.layers.conv import fan_in_uniform
 from bnn_jax.networks import NETWORKS
 from bnn_jax.networks.base import he_fan_out_normal, xavier_normal
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, Spec, spec
-from bnn_jax.training import create
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ def small_network(kind: str, quant: QuantSpec):
     """A small network and random variables; drawing them with numpy needs no compilation."""
     network = networks.build(SMALL[kind], quant, num_classes=3)
     random = np.random.RandomState(1)
-    shapes = create.variable_shapes(network, (8, 8, 3))
+    shapes = start.variable_shapes(network, (8, 8, 3))
 
     def draw(path, leaf) -> np.ndarray:
         value = random.normal(0, 0.3, leaf.shape).astype(np.float32)

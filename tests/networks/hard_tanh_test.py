@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from bnn_jax import networks
+from bnn_jax.experiment import start
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, Spec, spec
-from bnn_jax.training import create
 from tests.layers.conv_test import explicit_convolution
 
 REAL = QuantSpec()
@@ -36,7 +36,7 @@ def drawn_variables(network: Any, image_shape: tuple[int, int, int] = (8, 8, 3))
         value = random.normal(0, 0.3, leaf.shape).astype(np.float32)
         return 1 + np.abs(value) if path[-1].key in ("scale", "var") else value
 
-    return jax.tree_util.tree_map_with_path(draw, create.variable_shapes(network, image_shape))
+    return jax.tree_util.tree_map_with_path(draw, start.variable_shapes(network, image_shape))
 
 
 def features_of(network: Any, variables: dict[str, Any], images: jax.Array, **ctx: Any) -> tuple[Any, dict[str, Any]]:

@@ -7,10 +7,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
+from bnn_jax.experiment import start
 from bnn_jax.networks.searched import extract
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, spec
-from bnn_jax.training import create
 
 BRANCHES = 3
 QUANT = QuantSpec(weight=spec("lsq", bits=2), act=spec("lsq", bits=2), searched=spec("branch_clip", bits=2))
@@ -39,7 +39,7 @@ def supernet(kind):
         name, value = path[-1].key, random.uniform(0.5, 1.5, leaf.shape)
         return jnp.asarray(value if name != "kernel" else value - 1, jnp.float32)
 
-    return network, jax.tree_util.tree_map_with_path(draw, create.variable_shapes(network, (8, 8, 3)))
+    return network, jax.tree_util.tree_map_with_path(draw, start.variable_shapes(network, (8, 8, 3)))
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def test_an_extracted_path_has_the_logits_of_the_supernet_and_no_branch_axes(kin
         single, own = extract(network, variables, path)
         shapes, expected = (
             {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
-            for tree in (own, create.variable_shapes(single, (8, 8, 3)))
+            for tree in (own, start.variable_shapes(single, (8, 8, 3)))
         )
         assert shapes == expected
         logits = jax.jit(lambda v, x: single.apply(v, x, QuantContext()).logits)(own, images())  # noqa: B023
@@ -82,7 +82,7 @@ def test_an_extracted_path_has_the_logits_of_the_supernet_and_no_branch_axes(kin
 @each_kind
 def test_only_clip_values_and_norms_of_searched_layers_have_branches(kind):
     network, variables = supernet(kind)
-    single = create.variable_shapes(network.clone(branches=1), (8, 8, 3))
+    single = start.variable_shapes(network.clone(branches=1), (8, 8, 3))
     ours, theirs = flatten_dict(variables, sep="/"), flatten_dict(single, sep="/")
     branched = {path for path in ours if ours[path].shape != theirs[path].shape}
     # Three norms with two parameters and two statistics each, and a clip value, for each searched layer.

@@ -17,7 +17,7 @@ from bnn_jax.quantizers import build_act, build_weight
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import spec
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.steps import StepParts, compile_train_steps, train_step
+from bnn_jax.training.step import StepParts, compile_train_steps, train_step
 from tests.training import tiny
 
 DATA = tiny.source()

@@ -84,13 +84,13 @@ def test_on_one_process_the_largest_number_is_ones_own():
 
 def test_on_several_processes_the_answer_comes_two_calls_later_and_once(monkeypatch):
     # The maximum over the devices of this process, as if they were those of several.
-    monkeypatch.setattr(interrupt.distributed, "count", lambda: 2)
+    monkeypatch.setattr(interrupt.hosts, "count", lambda: 2)
     agreement = Agreement()
     assert [agreement.largest(number) for number in (0, 15, 15, 15, 0, 0, 0)] == [0, 0, 0, 15, 0, 0, 0]
 
 
 def test_on_several_processes_the_answer_can_be_waited_for(monkeypatch):
-    monkeypatch.setattr(interrupt.distributed, "count", lambda: 2)
+    monkeypatch.setattr(interrupt.hosts, "count", lambda: 2)
     stop = StopRequest()
     assert not stop.agreed(at_once=True)
     stop.signal_number = signal.SIGINT

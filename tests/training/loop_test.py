@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnn_jax import schedules
 from bnn_jax.errors import Interrupted, NonFiniteLossError
+from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import loop as loop_module
-from bnn_jax.training import metrics, schedules
-from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import EpochClock, LoopOptions, StageLoop, dispatch_length, steps_per_epoch
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import compile_end_of_epoch, compile_train_steps
+from bnn_jax.training.step import compile_end_of_epoch, compile_train_steps
 from tests.training import tiny
 
 DATA = tiny.source(num_train=20, num_test=10, num_validation=6)

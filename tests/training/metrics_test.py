@@ -79,6 +79,6 @@ def test_means_of_an_epoch_come_from_its_sums():
 
 
 def test_of_several_processes_only_the_first_writes(path, monkeypatch):
-    monkeypatch.setattr(metrics.distributed, "is_first", lambda: False)
+    monkeypatch.setattr(metrics.hosts, "is_first", lambda: False)
     metrics.append(path, {"epoch": 2, "step": 9})
     assert metrics.read(path) == RECORDS

@@ -64,7 +64,7 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
 
 
 def test_of_several_processes_only_the_first_shows_anything(capsys, monkeypatch):
-    monkeypatch.setattr(progress_module.distributed, "is_first", lambda: False)
+    monkeypatch.setattr(progress_module.hosts, "is_first", lambda: False)
     monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: True)
     with Progress("stage", total_steps=2, start_step=0, epochs=1) as shown:
         shown.update(step=1, epoch=0, images_per_second=1.0, loss=1.0, top1=0.0)

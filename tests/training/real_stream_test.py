@@ -20,7 +20,7 @@ from bnn_jax.objectives import Batch
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import QuantSpec, spec
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.steps import (
+from bnn_jax.training.step import (
     StepParts,
     compile_end_of_epoch,
     compile_train_steps,

@@ -11,18 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnn_jax import schedules
 from bnn_jax.data.order import index_plan
 from bnn_jax.errors import Interrupted, NonFiniteLossError
+from bnn_jax.experiment import start
 from bnn_jax.objectives.classification import CrossEntropy
 from bnn_jax.objectives.distill import Distillation
-from bnn_jax.training import create, metrics, schedules
-from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.storage.checkpoint import CheckpointStore
+from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.seeds import Seeds, one_seed, over, stack, stack_shapes, table_row, take
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import StepParts, compile_end_of_epoch, compile_train_steps
+from bnn_jax.training.step import StepParts, compile_end_of_epoch, compile_train_steps
 from tests.training import tiny
 from tests.training.loop_test import StopAfter
 
@@ -42,7 +44,7 @@ def variables(seed: int) -> dict[str, Any]:
     return init(PARTS.network).init(jax.random.key(seed), images)
 
 
-init = functools.cache(create.programs)
+init = functools.cache(start.programs)
 
 
 def state(parts: StepParts, which: Any) -> TrainState:
@@ -50,7 +52,7 @@ def state(parts: StepParts, which: Any) -> TrainState:
     one = isinstance(which, int)
     chosen = [which] if one else which
     made = [variables(SEEDS.names[index]) for index in chosen]
-    return create.create_state(
+    return start.create_state(
         made[0] if one else stack(made),
         optimizer=parts.optimizer,
         objectives=parts.objectives,

@@ -9,17 +9,18 @@ import jax
 import numpy as np
 import pytest
 
+from bnn_jax import schedules
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.stages import spec
+from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import loop as loop_module
-from bnn_jax.training import metrics, schedules
-from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import StepParts, compile_end_of_epoch, compile_train_steps
+from bnn_jax.training.step import StepParts, compile_end_of_epoch, compile_train_steps
 from tests.training import tiny, tiny_skd
 
 DATA = tiny.source(num_train=20, num_test=10)

@@ -13,15 +13,15 @@ import pytest
 
 from bnn_jax import networks, objectives
 from bnn_jax.data.base import Split
+from bnn_jax.experiment import start
 from bnn_jax.methods import basq
 from bnn_jax.quantizers import QuantContext
+from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.stages import OptimSpec, QuantSpec, spec
-from bnn_jax.training import create
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import Evaluator
-from bnn_jax.training.optim import make_optimizer
-from bnn_jax.training.population import PopulationEvaluator
-from bnn_jax.training.steps import Constants, StepParts, compile_train_steps, uniform_choice
+from bnn_jax.training.optimizer import make_optimizer
+from bnn_jax.training.step import Constants, StepParts, compile_train_steps, uniform_choice
 from tests.conftest import ROOT
 
 GENES, BRANCHES, CLASSES, BATCH = 2, 3, 4, 4
@@ -48,7 +48,7 @@ def variables():
         value = random.uniform(0.5, 1.5, leaf.shape)
         return np.asarray(value - (path[-1].key == "kernel"), np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, create.variable_shapes(NETWORK, (4, 4, 3)))
+    return jax.tree_util.tree_map_with_path(draw, start.variable_shapes(NETWORK, (4, 4, 3)))
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def parts(unselected: str = "decay") -> StepParts:
 
 
 def state_of(step_parts: StepParts):
-    return create.create_state(
+    return start.create_state(
         jax.tree.map(jnp.array, variables()),
         optimizer=step_parts.optimizer,
         objectives=step_parts.objectives,

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax import schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
 from bnn_jax.data.base import ImageSource, Split, fingerprint
+from bnn_jax.experiment import start
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import NetworkOutput
@@ -18,11 +20,10 @@ from bnn_jax.objectives.classification import CrossEntropy
 from bnn_jax.quantizers import build_act, build_weight
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
-from bnn_jax.training import create, schedules
 from bnn_jax.training.devices import Devices, all_devices
-from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts
+from bnn_jax.training.step import Constants, StepParts
 
 SIZE, CLASSES = 6, 4
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -97,7 +98,7 @@ def variables(network: TinyNetwork = TinyNetwork()) -> dict[str, Any]:  # noqa: 
     """Initial variables as numpy arrays, made once."""
     # Values, even if the first call stands inside a function that is being traced.
     with jax.ensure_compile_time_eval():
-        return jax.device_get(create.init_variables(network, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))))
+        return jax.device_get(start.init_variables(network, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))))
 
 
 def parts(
@@ -123,7 +124,7 @@ def parts(
 
 def state(step_parts: StepParts, *, seed: int = 3, devices: Devices | None = None) -> TrainState:
     """A new state in buffers of its own."""
-    return create.create_state(
+    return start.create_state(
         jax.tree.map(jnp.array, variables(step_parts.network)),
         optimizer=step_parts.optimizer,
         objectives=step_parts.objectives,

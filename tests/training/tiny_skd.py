@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 
-from bnn_jax import networks, objectives
+from bnn_jax import networks, objectives, schedules
+from bnn_jax.experiment import start
 from bnn_jax.stages import QuantSpec, Stage, spec
-from bnn_jax.training import create, schedules
 from bnn_jax.training.devices import Devices, all_devices
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import StepParts
+from bnn_jax.training.step import StepParts
 from tests.training import tiny
 
 IRNET = QuantSpec(weight=spec("irnet"), act=spec("irnet"))
@@ -45,7 +45,7 @@ def parts(*, chosen: Stage | None = None, steps_per_epoch: int = 3, **options: A
 
 def state(step_parts: StepParts, *, devices: Devices | None = None) -> TrainState:
     """A new state in buffers of its own."""
-    return create.create_state(
+    return start.create_state(
         jax.tree.map(jax.numpy.array, tiny.variables(step_parts.network)),
         optimizer=step_parts.optimizer,
         objectives=step_parts.objectives,

@@ -12,11 +12,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.ops import pruning
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import spec
-from bnn_jax.training import import_weights
-from bnn_jax.training.create import variable_shapes
+from bnn_jax.storage import pytorch
 from tests.conftest import ROOT
 from tests.golden.asbq.support import (
     PRUNED_SHARE,
@@ -106,14 +106,14 @@ def _check_model_at(
     reference, size = file[f"k{bits}/train_logits"], 224 if big else 32
     images = nhwc(seeded(int(file["seed"]) + 77777, (len(reference), 3, size, size)))
     cotangent = jnp.asarray(seeded(int(file["seed"]) + 88888, reference.shape))
-    variables = import_weights.import_state(state, variable_shapes(network, (size, size, 3)))
+    variables = pytorch.import_state(state, variable_shapes(network, (size, size, 3)))
     eval_logits, train_logits, norms = jax.jit(functools.partial(_run_model, network))(variables, images, cotangent)
     result.close(f"k{bits}/logits", eval_logits, file[f"k{bits}/logits"], atol=_eval_tolerance(big, few_levels))
     tight = few_levels and not big
     result.close(f"k{bits}/train_logits", train_logits, reference, atol=1e-3 if tight else 1.0)
     flat, own = flatten_dict({"params": norms}, sep="/"), {}
     for name in (_our_name(str(name), kind) for name in file["param_names"]):
-        own[name] = float(flat[import_weights.to_path(name, ndim=state[name].ndim)])
+        own[name] = float(flat[pytorch.to_path(name, ndim=state[name].ndim)])
     _check_gradient_norms(result, f"k{bits}", own, file[f"k{bits}/grad_l2"], tight)
 
 
@@ -158,7 +158,7 @@ def load_checkpoint(state: Mapping[str, np.ndarray], bits: int = 4) -> tuple[Any
       CheckpointError: an array is missing, left over or of another shape.
     """
     network = resnet({name: array.shape for name, array in state.items()}, bits, block="checkpoint")
-    return network, import_weights.import_state(state, variable_shapes(network, (32, 32, 3)))
+    return network, pytorch.import_state(state, variable_shapes(network, (32, 32, 3)))
 
 
 def check_checkpoint_state(file: GoldenFile, result: Comparison) -> None:

@@ -13,7 +13,7 @@ from bnn_jax.objectives import Batch, Outputs
 from bnn_jax.ops import pruning, ste
 from bnn_jax.quantizers import QuantContext, build_act, build_weight
 from bnn_jax.stages import spec
-from bnn_jax.training import import_weights
+from bnn_jax.storage import pytorch
 from tests.golden.asbq.support import (
     PRUNED_SHARE,
     act_spec,
@@ -84,7 +84,7 @@ def check_conv_q(file: GoldenFile, result: Comparison) -> None:
             groups=x.shape[1] // weight.shape[1],
             weight_quantizer=quantizer,
         )
-        variables = import_weights.convert_names({"weight_orig": weight, "weight_mask": mask})
+        variables = pytorch.convert_names({"weight_orig": weight, "weight_mask": mask})
 
         def forward(x, params, conv=conv, state=variables["quant_state"]):
             return conv.apply({"params": params, "quant_state": state}, x, QuantContext())
@@ -149,7 +149,7 @@ def _check_block(file: GoldenFile, result: Comparison, case: str, block: Any, *,
     keep = {name.removesuffix(".keep"): inputs.pop(name) for name in list(inputs) if name.endswith(".keep")}
     x, ctx = nhwc(file[case + "x"]), QuantContext(train=training)
     shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, ctx), x)
-    variables = import_weights.import_state({**inputs, **full_masks(keep, inputs)}, shapes)
+    variables = pytorch.import_state({**inputs, **full_masks(keep, inputs)}, shapes)
 
     def forward(params, x):
         return block.apply({**variables, "params": params}, x, ctx, mutable=["batch_stats"])

@@ -14,7 +14,7 @@ from bnn_jax import networks, objectives
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.data.tfds_source import TFDS_SETS
 from bnn_jax.stages import IDENTITY, QuantSpec, Spec, spec
-from bnn_jax.training import import_weights
+from bnn_jax.storage import pytorch
 
 PRUNED_SHARE = 0.05
 
@@ -31,12 +31,12 @@ def nchw(array: jax.Array) -> np.ndarray:
 
 def to_ours(array: np.ndarray) -> jax.Array:
     """Kernel in our layout."""
-    return jnp.asarray(import_weights.convert_layout(array, to="ours"))
+    return jnp.asarray(pytorch.convert_layout(array, to="ours"))
 
 
 def to_pytorch(array: jax.Array) -> np.ndarray:
     """Kernel in PyTorch's layout."""
-    return import_weights.convert_layout(np.asarray(array), to="pytorch")
+    return pytorch.convert_layout(np.asarray(array), to="pytorch")
 
 
 def normalised(images: np.ndarray) -> jax.Array:
@@ -113,7 +113,7 @@ def in_pytorch_form(variables: Mapping[str, Any], names: Mapping[str, np.ndarray
     """
     flat, own = flatten_dict(dict(variables), sep="/"), {}
     for name, reference in names.items():
-        path = import_weights.to_path(name, ndim=reference.ndim)
+        path = pytorch.to_path(name, ndim=reference.ndim)
         if path in flat:
             own[name] = to_pytorch(flat[path]) if reference.ndim > 1 else np.asarray(flat[path])
     return own

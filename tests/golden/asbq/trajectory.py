@@ -7,14 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax import schedules
+from bnn_jax.experiment.start import create_state, transfer, variable_shapes
 from bnn_jax.networks.blocks import BLOCKS
 from bnn_jax.stages import OptimSpec, ParameterGroup, spec
-from bnn_jax.training import import_weights, schedules
-from bnn_jax.training.create import create_state, transfer, variable_shapes
+from bnn_jax.storage import pytorch
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, compile_train_steps
+from bnn_jax.training.step import Constants, StepParts, compile_train_steps
 from tests.golden.asbq.support import full_masks, in_pytorch_form, loss_terms, normalised, resnet
 from tests.golden.comparison import Comparison, GoldenFile
 
@@ -87,7 +88,7 @@ def check_trajectory(file: GoldenFile, result: Comparison) -> None:
         stored = file.group(f"b{bits}/final/")
         if stored:
             _check_state(result, f"b{bits}/final/", ends[0], stored, rung)
-            final = import_weights.import_state({**stored, **_masks(file, bits, stored)}, ends[0])
+            final = pytorch.import_state({**stored, **_masks(file, bits, stored)}, ends[0])
             previous = dataclasses.replace(rung, final=final, chained=False)
         else:
             previous = dataclasses.replace(rung, final=ends[0], chained=True)
@@ -103,7 +104,7 @@ def _begin(file: GoldenFile, block: str, bits: int, initial: Mapping[str, np.nda
     network = resnet({name: array.shape for name, array in initial.items()}, bits, block=block)
     shapes = variable_shapes(network, file["images"].shape[2:])
     # The stored initial running statistics are 0 and 1, those of every student.
-    start = import_weights.import_state({**initial, **_masks(file, bits, initial)}, shapes)
+    start = pytorch.import_state({**initial, **_masks(file, bits, initial)}, shapes)
     if previous is None:
         return Rung(bits, network, start, None)
     start = transfer(previous.final, start, collections=("params",))

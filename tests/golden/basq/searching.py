@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
-from bnn_jax.data.folds import make_folds
 from bnn_jax.search.evolution import Evolution, Settings, Vector
+from bnn_jax.search.folds import make_folds
 from tests.golden.basq.parts import each_case
 from tests.golden.comparison import Comparison, GoldenFile
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from bnn_jax import networks
 from bnn_jax.stages import QuantSpec, spec
-from bnn_jax.training import import_weights
+from bnn_jax.storage import pytorch
 from tests.golden.comparison import Comparison
 
 BRANCHES = 7
@@ -113,7 +113,7 @@ class Variables:
             # One long column in the order of (O, I, H, W).
             height, width, inputs, outputs = self.shapes[path].shape
             array = array.reshape(outputs, inputs, height, width)
-        return import_weights.convert_layout(array, to="ours")
+        return pytorch.convert_layout(array, to="ours")
 
     def by_name(self, flat: Mapping[str, Any], reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Our values by PyTorch's names and in its shapes, for all names of ``reference`` we have."""
@@ -125,7 +125,7 @@ class Variables:
             path, branch = place
             value = np.asarray(flat[path])[... if branch is None else branch]
             if path.endswith("/kernel"):
-                value = import_weights.convert_layout(value, to="pytorch")
+                value = pytorch.convert_layout(value, to="pytorch")
             found[name] = value.reshape(array.shape)
         return found
 

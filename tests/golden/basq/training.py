@@ -11,18 +11,17 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from bnn_jax import objectives
-from bnn_jax.data.folds import make_folds
+from bnn_jax import objectives, schedules
+from bnn_jax.experiment.start import create_state
 from bnn_jax.methods import basq
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.quantizers.branch_clip import PUBLISHED_DECAYS
+from bnn_jax.search.folds import make_folds
 from bnn_jax.stages import OptimSpec, spec
-from bnn_jax.training import schedules
-from bnn_jax.training.create import create_state
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import group_labels, make_optimizer
+from bnn_jax.training.optimizer import group_labels, make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, train_step
+from bnn_jax.training.step import Constants, StepParts, train_step
 from tests.golden.asbq.support import nhwc
 from tests.golden.basq.models import flat_of, nested, variable_shapes_of
 from tests.golden.basq.support import Variables, place_of, quant_spec, relative_to_largest, tiny_network

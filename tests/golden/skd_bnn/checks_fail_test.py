@@ -12,9 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.stages import spec
-from bnn_jax.training import import_weights
-from bnn_jax.training.create import variable_shapes
+from bnn_jax.storage import pytorch
 from tests.golden import golden_test
 from tests.golden.asbq.support import normalised, to_pytorch
 from tests.golden.comparison import Comparison, GoldenFile, GoldenMismatch
@@ -176,7 +176,7 @@ def made_state(
     random, state = np.random.RandomState(seed), {}
     shapes = {name: tree for name, tree in variable_shapes(network, image_shape).items() if tree}
     for path, leaf in flatten_dict(shapes, sep="/").items():
-        name = import_weights.to_pytorch_name(path)
+        name = pytorch.to_pytorch_name(path)
         value = random.normal(0, 0.2, leaf.shape).astype(np.float32)
         state[prefix + name] = np.abs(value) + 1 if name.endswith("var") else to_pytorch(value)
         if name.startswith("fc") and name.endswith("bias") and len(value) == CLASSES:
@@ -199,7 +199,7 @@ def made_images(folder: pathlib.Path, count: int) -> np.ndarray:
         state = made_state(network, (12, 12, 3), seed=seed, prefix=prefix)
         save(folder, f"resnet20_{name}_state", state)
         plain = {key.removeprefix(prefix): array for key, array in state.items()}
-        variables = import_weights.import_state(plain, variable_shapes(network, (12, 12, 3)))
+        variables = pytorch.import_state(plain, variable_shapes(network, (12, 12, 3)))
         output = evaluated(network, variables, normalised(images))
         arrays |= {f"logits{suffix}": np.array(output.logits), f"penultimate{suffix}": np.array(output.features)}
     save(folder, "resnet20_best_images_logits", arrays)

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import networks
+from bnn_jax import networks, schedules
+from bnn_jax.experiment.start import create_state, variable_shapes
 from bnn_jax.objectives.self_distill import elementwise_distance
 from bnn_jax.stages import OptimSpec, ParameterGroup, spec
-from bnn_jax.training import import_weights, schedules
-from bnn_jax.training.create import create_state, variable_shapes
+from bnn_jax.storage import pytorch
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, compile_end_of_epoch, compile_train_steps
+from bnn_jax.training.step import Constants, StepParts, compile_end_of_epoch, compile_train_steps
 from tests.golden.asbq.support import nhwc
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.skd_bnn.models import evaluated
@@ -46,7 +46,7 @@ def check_mnist_mlp(file: GoldenFile, result: Comparison) -> None:
     )
     x = file["x"]
     images = jnp.stack([nhwc(batch) for batch in x])
-    variables = import_weights.import_state(initial, variable_shapes(network, images.shape[2:]))
+    variables = pytorch.import_state(initial, variable_shapes(network, images.shape[2:]))
     _check_step(file, result, network, variables, images[0])
     logits = evaluated(network, variables, images[0]).logits
     result.close("eval_logsoftmax", jax.nn.log_softmax(logits), file["eval_logsoftmax"], atol=1e-4)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax import networks
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.networks.base import NetworkOutput
 from bnn_jax.objectives.self_distill import channel_and_spatial_distance
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import spec
-from bnn_jax.training import import_weights
-from bnn_jax.training.create import variable_shapes
+from bnn_jax.storage import pytorch
 from tests.conftest import ROOT
 from tests.golden.asbq.support import in_pytorch_form, nhwc, normalised
 from tests.golden.comparison import Comparison, GoldenFile
@@ -112,7 +112,7 @@ def check_fullsize(file: GoldenFile, result: Comparison) -> None:
         seed=seed,
         shapes=shapes,
         network=network,
-        variables=import_weights.import_state(generated_state(seed, shapes), variable_shapes(network, image_shape)),
+        variables=pytorch.import_state(generated_state(seed, shapes), variable_shapes(network, image_shape)),
         images=images,
         bank=(2 * generated(seed, 1000002, shape=(network.num_classes,) * 2)).astype(np.float32),
     )
@@ -224,7 +224,7 @@ def load_arrays(state: Mapping[str, np.ndarray]) -> tuple[Any, dict[str, Any]]:
       CheckpointError: an array is missing, left over or of another shape.
     """
     network = resnet({name: array.shape for name, array in state.items()}, "hardtanh_resnet20")
-    return network, import_weights.import_state(state, variable_shapes(network, (32, 32, 3)))
+    return network, pytorch.import_state(state, variable_shapes(network, (32, 32, 3)))
 
 
 def check_state(file: GoldenFile, result: Comparison) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import networks
+from bnn_jax import networks, schedules
 from bnn_jax.layers import BatchNorm, QuantConv
 from bnn_jax.networks.base import NetworkOutput
 from bnn_jax.networks.blocks import BLOCKS
@@ -25,8 +25,8 @@ from bnn_jax.ops.ste import hard_tanh
 from bnn_jax.quantizers import build_act, build_weight
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import spec
-from bnn_jax.training import import_weights, schedules
-from bnn_jax.training.steps import StepParts, forward
+from bnn_jax.storage import pytorch
+from bnn_jax.training.step import StepParts, forward
 from tests.golden.asbq.support import in_pytorch_form, nchw, nhwc, to_ours, to_pytorch, value_and_pullback
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.skd_bnn.support import (
@@ -280,7 +280,7 @@ def _check_block(
 ) -> None:
     x, real = nhwc(file[case + "x"]), nhwc(file[case + "realx"])
     shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, ctx), x)
-    variables = import_weights.import_state(state, shapes)
+    variables = pytorch.import_state(state, shapes)
 
     def run(params, x):
         outputs, updates = both_streams(block, {**variables, "params": params}, (x, real), ctx)

@@ -10,17 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnn_jax import networks, objectives
+from bnn_jax import networks, objectives, schedules
+from bnn_jax.experiment.start import create_state
 from bnn_jax.objectives import Objective
 from bnn_jax.objectives.base import Batch, Outputs
 from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.schedules import Schedule
 from bnn_jax.stages import QuantSpec, Spec, spec
-from bnn_jax.training import schedules
-from bnn_jax.training.create import create_state
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, train_step
+from bnn_jax.training.step import Constants, StepParts, train_step
 from tests.golden.asbq.support import in_pytorch_form
 from tests.golden.comparison import Comparison, GoldenFile
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax import schedules
+from bnn_jax.experiment.start import create_state
 from bnn_jax.objectives.self_distill import channel_and_spatial_distance
 from bnn_jax.stages import OptimSpec, ParameterGroup, spec
-from bnn_jax.training import schedules
-from bnn_jax.training.create import create_state
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, compile_end_of_epoch, compile_train_steps
+from bnn_jax.training.step import Constants, StepParts, compile_end_of_epoch, compile_train_steps
 from tests.golden.asbq.support import in_pytorch_form, nchw, normalised
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.skd_bnn.models import feature_statistics, load_state

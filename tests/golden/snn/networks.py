@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bnn_jax import networks, objectives
-from bnn_jax.config import validate
+from bnn_jax import networks, objectives, schedules
 from bnn_jax.data.augment import change_light
+from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.layers.activation import LearnableBias, RPRelu
 from bnn_jax.methods import snn
 from bnn_jax.networks.base import NetworkOutput
@@ -23,12 +24,12 @@ from bnn_jax.ops import ste
 from bnn_jax.ops.codebook import all_patterns
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import IDENTITY, QuantSpec, Stage, spec
-from bnn_jax.training import import_weights, projections, schedules
-from bnn_jax.training.create import variable_shapes
+from bnn_jax.storage import pytorch
+from bnn_jax.training import projections
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import group_labels
+from bnn_jax.training.optimizer import group_labels
 from bnn_jax.training.projections import Update
-from bnn_jax.training.steps import compile_eval_step
+from bnn_jax.training.step import compile_eval_step
 from configs import snn_resnet18
 from tests.golden.asbq.support import nchw, nhwc, to_pytorch
 from tests.golden.comparison import Comparison, GoldenFile
@@ -63,7 +64,7 @@ def in_pytorch_form(variables: Mapping[str, Any], names: Mapping[str, np.ndarray
     """
     flat, own = flatten_dict(dict(variables), sep="/"), {}
     for name, reference in names.items():
-        path = import_weights.to_path(name, ndim=reference.ndim)
+        path = pytorch.to_path(name, ndim=reference.ndim)
         value = flat[path]
         own[name] = to_pytorch(value) if path.endswith("/kernel") else np.asarray(value).reshape(reference.shape)
     return own
@@ -88,7 +89,7 @@ def compare_gradients(
 ) -> None:
     """Compares all gradients; a parameter of ours the file has none for, a codebook, has a gradient of zeros."""
     compare_arrays(result, case, {"params": gradients}, expected, rtol=rtol)
-    paths = {import_weights.to_path(name, ndim=array.ndim) for name, array in expected.items()}
+    paths = {pytorch.to_path(name, ndim=array.ndim) for name, array in expected.items()}
     for path, gradient in flatten_dict({"params": gradients}, sep="/").items():
         if path not in paths:
             result.require(f"{case}{path}: no gradient expected of it", path.endswith("codebook"))
@@ -220,7 +221,7 @@ def _check_block(
 ) -> None:
     x, ctx = nhwc(file[f"{case}x"]), context(train=True, refine=refine)
     shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, ctx), x)
-    variables = import_weights.import_state(state, shapes)
+    variables = pytorch.import_state(state, shapes)
 
     def run(params: Any, x: jax.Array):
         return block.apply({**variables, "params": params}, x, ctx, mutable=["batch_stats", "quant_state"])
@@ -258,7 +259,7 @@ def load(state: Mapping[str, np.ndarray], image_shape: tuple[int, ...]) -> tuple
     codebooks = [array for name, array in state.items() if name.endswith("patterns")]
     tau = int(np.log2(len(codebooks[0]))) if codebooks else None
     network = network_of({name: array.shape for name, array in state.items()}, tau)
-    return network, import_weights.import_state(state, variable_shapes(network, image_shape))
+    return network, pytorch.import_state(state, variable_shapes(network, image_shape))
 
 
 def check_model(file: GoldenFile, result: Comparison) -> None:
@@ -373,7 +374,7 @@ def _check_decay(file: GoldenFile, result: Comparison, params: Any) -> None:
     (stage,) = (stage for stage in snn_stages(snn_resnet18, weight_decays=(1.0,)) if stage.name == snn.SECOND)
     labels = flatten_dict({"params": group_labels(params, stage.optim.groups)}, sep="/")
     shapes = full_shapes({str(n): int(size) for n, size in zip(file["param_names"], file["param_sizes"])})
-    paths = [import_weights.to_path(name, ndim=len(shape)) for name, shape in shapes.items()]
+    paths = [pytorch.to_path(name, ndim=len(shape)) for name, shape in shapes.items()]
     result.exact("param_names", sorted(paths), sorted(labels))
     result.exact("param_sizes", [np.prod(shape) for shape in shapes.values()], file["param_sizes"])
     result.exact("decay", [stage.optim.groups[int(labels[path])].weight_decay > 0 for path in paths], file["decay"])

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bnn_jax import schedules
+from bnn_jax.experiment.start import create_state
 from bnn_jax.layers import QuantConv
 from bnn_jax.networks.base import NetworkOutput
 from bnn_jax.objectives.base import Batch, Objective, Outputs
@@ -17,13 +19,11 @@ from bnn_jax.quantizers import build_weight
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.quantizers.codebook import REFINE_KNOB
 from bnn_jax.stages import OptimSpec, ParameterGroup, spec
-from bnn_jax.training import schedules
-from bnn_jax.training.create import create_state
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.projections import RefillCodebooks, Update
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, train_step
+from bnn_jax.training.step import Constants, StepParts, train_step
 from tests.golden.asbq.support import nchw, nhwc, to_ours, to_pytorch
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.skd_bnn.support import relative_to_largest

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import objectives
+from bnn_jax import objectives, schedules
+from bnn_jax.experiment.start import create_state
 from bnn_jax.methods import snn
 from bnn_jax.networks.base import NetworkOutput
 from bnn_jax.objectives.base import Outputs
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import Stage, spec
-from bnn_jax.training import projections, schedules
-from bnn_jax.training.create import create_state
+from bnn_jax.training import projections
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, compile_train_steps
+from bnn_jax.training.step import Constants, StepParts, compile_train_steps
 from configs import snn_resnet18
 from tests.golden.asbq.support import nhwc
 from tests.golden.comparison import Comparison, GoldenFile

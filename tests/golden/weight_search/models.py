@@ -11,9 +11,9 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnn_jax import networks
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.quantizers import QuantContext, build_weight
 from bnn_jax.stages import IDENTITY, QuantSpec, spec
-from bnn_jax.training.create import variable_shapes
 from tests.golden.asbq.support import nchw, nhwc
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.weight_search.support import our_path, relative, to_ours, to_pytorch, training_context, values_of

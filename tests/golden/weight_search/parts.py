@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnn_jax import methods
-from bnn_jax.config import validate
+from bnn_jax import methods, schedules
+from bnn_jax.experiment.config import validate
 from bnn_jax.layers import QuantConv, QuantDense
 from bnn_jax.ops import categorical
 from bnn_jax.quantizers import QuantContext, build_weight
 from bnn_jax.quantizers.categorical import VALUE_SETS
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec, spec
-from bnn_jax.training import schedules
-from bnn_jax.training.optim import group_labels, make_optimizer
+from bnn_jax.training.optimizer import group_labels, make_optimizer
 from configs import weight_search_resnet18, weight_search_resnet20, weight_search_vgg_small
 from tests.golden.asbq.support import nchw, nhwc
 from tests.golden.comparison import Comparison, GoldenFile

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax.quantizers import QuantContext
-from bnn_jax.training import import_weights
+from bnn_jax.storage import pytorch
 from tests.golden.comparison import Comparison
 
 # What the release calls the logits; the candidates are their last axis there.
@@ -27,12 +27,12 @@ def candidates_last(array: jax.Array) -> np.ndarray:
 
 def kernel_to_ours(array: np.ndarray) -> jax.Array:
     """(O, I, kh, kw) -> (kh, kw, I, O), (out, in) -> (in, out); others stay."""
-    return jnp.asarray(import_weights.convert_layout(array, to="ours"))
+    return jnp.asarray(pytorch.convert_layout(array, to="ours"))
 
 
 def kernel_to_pytorch(array: jax.Array) -> np.ndarray:
     """The inverse of ``kernel_to_ours``."""
-    return import_weights.convert_layout(np.asarray(array), to="pytorch")
+    return pytorch.convert_layout(np.asarray(array), to="pytorch")
 
 
 def logits_to_ours(alpha: np.ndarray) -> jax.Array:
@@ -67,7 +67,7 @@ def our_path(name: str, *, first_layer: int = 1) -> str | None:
         module = re.sub(r"(?<=^conv)\d+$|(?<=^bn)\d+$", lambda m: str(int(m.group()) - 1 + first_layer), module)
     # Logits are the kernel of their layer; scales and biases have one axis.
     is_kernel = leaf == "alpha" or (leaf == "weight" and not re.search(r"(^|\.)bn\d+$|downsample\.1$", module))
-    return import_weights.to_path(f"{module}.{'weight' if is_kernel else leaf}", ndim=2 if is_kernel else 1)
+    return pytorch.to_path(f"{module}.{'weight' if is_kernel else leaf}", ndim=2 if is_kernel else 1)
 
 
 def training_context(temperature: Any) -> QuantContext:

@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bnn_jax import schedules
 from bnn_jax.data.order import sequential_plan
+from bnn_jax.experiment.start import create_state
 from bnn_jax.layers import BatchNorm, QuantConv, QuantDense
 from bnn_jax.networks.base import NetworkOutput, global_average_pool
 from bnn_jax.objectives.classification import CrossEntropy
 from bnn_jax.ops import categorical
 from bnn_jax.quantizers import QuantContext, build_weight
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec, spec
-from bnn_jax.training import schedules
-from bnn_jax.training.create import create_state
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.optim import make_optimizer
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import Constants, StepParts, compile_eval_step, compile_train_steps
+from bnn_jax.training.step import Constants, StepParts, compile_eval_step, compile_train_steps
 from tests.golden.asbq.support import nhwc
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.weight_search.support import (

@@ -12,7 +12,7 @@ from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
-from bnn_jax.training.steps import PrepareEval
+from bnn_jax.training.step import PrepareEval
 
 
 class PopulationEvaluator:

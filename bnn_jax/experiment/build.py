@@ -10,27 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import data, distributed, methods, networks, objectives, run_folder
+from bnn_jax import data, hosts, methods, networks, objectives, schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
 from bnn_jax.data.base import ImageSource, Split
-from bnn_jax.data.folds import Folds, make_folds
 from bnn_jax.data.order import index_plan
 from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
+from bnn_jax.experiment import run_folder, start
 from bnn_jax.objectives import Objective
+from bnn_jax.schedules import Schedule
+from bnn_jax.search.folds import Folds, make_folds
 from bnn_jax.stages import QuantSpec, Stage, parse_choice, parse_reference
-from bnn_jax.training import create, projections, schedules, seeds
-from bnn_jax.training.checkpoint import CheckpointStore, describe
+from bnn_jax.storage.checkpoint import CheckpointStore, describe
+from bnn_jax.storage.pytorch import import_pytorch
+from bnn_jax.storage.weights import encoded_weights, put_base
+from bnn_jax.training import projections, seeds
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
-from bnn_jax.training.import_weights import import_pytorch
 from bnn_jax.training.loop import steps_per_epoch
-from bnn_jax.training.optim import make_optimizer
-from bnn_jax.training.realised import encoded_weights, put_base
-from bnn_jax.training.schedules import Schedule
+from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.seeds import Seeds
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import StepParts, needs_teacher, uniform_choice
+from bnn_jax.training.step import StepParts, needs_teacher, uniform_choice
 
 
 class Run:
@@ -158,7 +159,7 @@ class Run:
         parsed = parse_reference(reference)
         stage = self.find(parsed.target) if parsed.kind == "stage" else default
         network = self.network(stage, num_classes=source.num_classes)
-        return network, self.load_variables(reference, create.variable_shapes(network, source.image_shape))
+        return network, self.load_variables(reference, start.variable_shapes(network, source.image_shape))
 
 
 class _OneOfSeeds(Run):
@@ -209,7 +210,7 @@ def folds_of(search: Stage, source: ImageSource) -> Folds:
 @functools.lru_cache(maxsize=1)
 def _load_data(spec: Any, data_dir: str | None, seed: int) -> ImageSource:
     """All stages of a chain use the same images, so they are decoded once."""
-    return data.build(spec, data_dir=data_dir, seed=seed, progress=distributed.is_first())
+    return data.build(spec, data_dir=data_dir, seed=seed, progress=hosts.is_first())
 
 
 def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +260,7 @@ class Assembly:
         self, variables: dict[str, Any], devices: Devices, *, seed: int | tuple[int, ...] | None = None
     ) -> TrainState:
         """The state before the first step; of several seeds from stacked variables, None is that of the stage."""
-        return create.create_state(
+        return start.create_state(
             variables,
             optimizer=self.parts.optimizer,
             objectives=self.parts.objectives,
@@ -279,7 +280,7 @@ def build_objectives(stage: Stage) -> tuple[Objective, ...]:
 def assemble(run: Run, stage: Stage, source: ImageSource) -> Assembly:
     """Builds the objects of a stage; the teacher's network too, not its variables."""
     network = run.network(stage, num_classes=source.num_classes)
-    shapes = create.variable_shapes(network, source.image_shape)
+    shapes = start.variable_shapes(network, source.image_shape)
     timing = {"steps_per_epoch": steps_per_epoch(stage, len(source.train)), "epochs": stage.optim.epochs}
     schedule = schedules.build(stage.optim.learning_rate, **timing)
     terms = build_objectives(stage)
@@ -334,7 +335,7 @@ def teacher_variables(run: Run, assembly: Assembly) -> dict[str, Any]:
     return run.referenced(assembly.stage.teacher, source=assembly.source, default=default)[1]
 
 
-def initial_variables(run: Run, assembly: Assembly, *, shared: create.Programs | None = None) -> dict[str, Any]:
+def initial_variables(run: Run, assembly: Assembly, *, shared: start.Programs | None = None) -> dict[str, Any]:
     """Variables before the first step: fresh, then copied, then made anew where the stage says so.
 
     Args:
@@ -351,23 +352,23 @@ def initial_variables(run: Run, assembly: Assembly, *, shared: create.Programs |
         drop_last=False,
     )
     images = prepare_eval(jnp.asarray(_images(source.train, indices[0])), mean=source.mean, std=source.std)
-    variables = create.init_variables(assembly.network, jax.random.key(stage.init_seed), images, shared=shared)
+    variables = start.init_variables(assembly.network, jax.random.key(stage.init_seed), images, shared=shared)
     if stage.init_from is not None:
         network, copied = run.referenced(stage.init_from, source=source, default=stage)
         fresh = variables
-        variables = create.transfer(copied, fresh, collections=stage.transfer, may_be_new=stage.may_be_new)
+        variables = start.transfer(copied, fresh, collections=stage.transfer, may_be_new=stage.may_be_new)
         if stage.realised_base:
             variables = put_base(variables, fresh, encoded_weights(network, copied, source.image_shape))
-    return create.recompute(assembly.network, variables, images, patterns=stage.recompute, shared=shared)
+    return start.recompute(assembly.network, variables, images, patterns=stage.recompute, shared=shared)
 
 
 def initial_state(run: Run, assembly: Assembly, devices: Devices) -> TrainState:
     """The state before the first step of a stage; of several seeds each one's, stacked."""
     if run.num_seeds == 1:
-        variables = distributed.values_of_first(initial_variables(run, assembly))
+        variables = hosts.values_of_first(initial_variables(run, assembly))
         return assembly.create_state(variables, devices)
     loaded: dict[str, Any] = {}
-    shared = create.programs(assembly.network)
+    shared = start.programs(assembly.network)
     each = []
     for index in range(run.num_seeds):
         alone = run.alone(index, loaded)

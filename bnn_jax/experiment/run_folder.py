@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import bnn_jax
-from bnn_jax import distributed
-from bnn_jax.config import ADDED_LATER, LOCATION_KEYS, flatten
+from bnn_jax import hosts
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import ADDED_LATER, LOCATION_KEYS, flatten
 from bnn_jax.stages import Stage, differing_keys, to_json
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
@@ -95,7 +95,7 @@ def check_shared(workdir: Path) -> None:
     Raises:
       UserError: it does not.
     """
-    written = distributed.from_first("claim", lambda: read_json(workdir / CONFIG))
+    written = hosts.from_first("claim", lambda: read_json(workdir / CONFIG))
     end = time.monotonic() + SHARED_SECONDS
     while (seen := read_json(workdir / CONFIG)) != written:
         if time.monotonic() > end:

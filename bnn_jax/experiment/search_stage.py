@@ -15,18 +15,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnn_jax import distributed, run_folder
-from bnn_jax.assembly import Run, fold_path, folds_of, searched_split
+from bnn_jax import hosts
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.data.base import ImageSource
-from bnn_jax.data.folds import Folds
 from bnn_jax.errors import Interrupted
+from bnn_jax.experiment import run_folder
+from bnn_jax.experiment.build import Run, fold_path, folds_of, searched_split
 from bnn_jax.search.evolution import Evolution, Settings, restored_rng, rng_state
+from bnn_jax.search.folds import Folds
+from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
-from bnn_jax.training.population import PopulationEvaluator
 from bnn_jax.training.progress import SearchProgress, say
 
 STATE = "state.json"
@@ -80,7 +81,7 @@ def search(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     """
     source = run.load_data(stage)
     folder = run.stage_folder(stage)
-    distributed.from_first("search folder", lambda: folder.mkdir(exist_ok=True))
+    hosts.from_first("search folder", lambda: folder.mkdir(exist_ok=True))
     folds = folds_of(stage, source)
     settings = _settings(run, stage, source)
     done = [_read(folder / fold_path(fold)) for fold in range(folds.count)]
@@ -174,11 +175,11 @@ def _search_fold(
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return distributed.from_first(path.name, lambda: run_folder.read_json(path))
+    return hosts.from_first(path.name, lambda: run_folder.read_json(path))
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    distributed.from_first(path.name, lambda: run_folder.write_json(path, content))
+    hosts.from_first(path.name, lambda: run_folder.write_json(path, content))
 
 
 def _result(

@@ -26,8 +26,8 @@ from bnn_jax import networks
 from bnn_jax.errors import CheckpointError
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import QuantSpec, spec
-from bnn_jax.training import checkpoint
-from bnn_jax.training.checkpoint import CheckpointStore, describe
+from bnn_jax.storage import checkpoint
+from bnn_jax.storage.checkpoint import CheckpointStore, describe
 from bnn_jax.training.state import TrainState
 from tests.conftest import ROOT
 
@@ -181,7 +181,7 @@ def test_replicated_state_round_trips_over_several_devices(tmp_path: pathlib.Pat
         import sys, jax
         sys.path.insert(0, {str(ROOT)!r})
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
-        from tests.training.checkpoint_test import CheckpointStore, bits, pathlib, tiny_state
+        from tests.storage.checkpoint_test import CheckpointStore, bits, pathlib, tiny_state
         mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
         state = jax.device_put(tiny_state(1), NamedSharding(mesh, PartitionSpec()))
         with CheckpointStore(pathlib.Path({str(tmp_path)!r})) as store:
@@ -580,7 +580,7 @@ def test_read_only_does_not_make_the_folder(tmp_path: pathlib.Path) -> None:
 KILLED_PROGRAM = """
     import sys
     sys.path.insert(0, {root!r})
-    from tests.training.checkpoint_test import CheckpointStore, pathlib, score, tiny_state
+    from tests.storage.checkpoint_test import CheckpointStore, pathlib, score, tiny_state
     with CheckpointStore(pathlib.Path({folder!r})) as store:
         start = store.latest_step() or 0
         for step in range(start + 1, start + 10_000):
@@ -792,7 +792,7 @@ def test_describe_says_what_is_accepted(two_good: pathlib.Path, tmp_path: pathli
 def test_of_several_processes_only_the_first_writes_or_cleans_up(tmp_path, monkeypatch):
     left = tmp_path / "3.orbax-checkpoint-tmp"
     left.mkdir()
-    monkeypatch.setattr(checkpoint.distributed, "is_first", lambda: False)
+    monkeypatch.setattr(checkpoint.hosts, "is_first", lambda: False)
     with CheckpointStore(tmp_path) as store:
         store.save(tiny_state(1), meta={}, metrics=None)
         store.wait()
@@ -811,7 +811,7 @@ def test_the_first_process_decides_which_step_is_restored(tmp_path, monkeypatch)
             asked.append(name)
             return {"restored step": 1, "latest step": 7}[name]
 
-        monkeypatch.setattr(checkpoint.distributed, "from_first", from_first)
+        monkeypatch.setattr(checkpoint.hosts, "from_first", from_first)
         restored, meta = store.restore(tiny_state(0))
         assert (int(restored.step), meta) == (1, {"at": 1})
         assert store.latest_step() == 7

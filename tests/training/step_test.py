@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from bnn_jax import schedules
 from bnn_jax.data.order import index_plan
 from bnn_jax.objectives import Batch, Objective, Outputs
 from bnn_jax.objectives.base import masked_mean
@@ -15,9 +16,8 @@ from bnn_jax.objectives.classification import CrossEntropy
 from bnn_jax.objectives.distill import Distillation
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import spec
-from bnn_jax.training import schedules
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.steps import (
+from bnn_jax.training.step import (
     compile_end_of_epoch,
     compile_eval_step,
     compile_train_steps,

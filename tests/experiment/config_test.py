@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from bnn_jax.config import COMMON, SECTIONS, flatten, suggest, validate
 from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import COMMON, SECTIONS, flatten, suggest, validate
 from bnn_jax.methods import METHODS
 from configs import asbq_resnet20, common
 

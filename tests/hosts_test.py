@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from bnn_jax import distributed
+from bnn_jax import hosts
 from bnn_jax.errors import UserError
 from tests.integration.launching import Finished, start
 
@@ -36,7 +36,7 @@ def run(*deeds: str, only: int | None = None, connect_seconds: int = 60) -> list
 
 
 def peers(coordinator: str | None = None, count: int | None = None, index: int | None = None, **seconds: int):
-    return distributed.peers(coordinator=coordinator, count=count, index=index, **{**SECONDS, **seconds})
+    return hosts.peers(coordinator=coordinator, count=count, index=index, **{**SECONDS, **seconds})
 
 
 def test_without_flags_there_are_no_peers():
@@ -44,7 +44,7 @@ def test_without_flags_there_are_no_peers():
 
 
 def test_the_flags_name_the_peers():
-    assert peers("node1:55527", 4, 3) == distributed.Peers("node1:55527", 4, 3, 100, 300)
+    assert peers("node1:55527", 4, 3) == hosts.Peers("node1:55527", 4, 3, 100, 300)
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "
     ],
 )
 def test_a_launcher_of_several_tasks_is_recognised(environment, name):
-    assert distributed.launcher(environment) == name
+    assert hosts.launcher(environment) == name
 
 
 @pytest.mark.parametrize(("installed", "name"), [(True, "Kubernetes"), (False, None)])
 def test_a_pod_of_an_indexed_job_is_recognised_where_jax_can_ask_the_cluster(monkeypatch, installed, name):
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda _: object() if installed else None)
     environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
-    assert distributed.launcher(environment) == name
+    assert hosts.launcher(environment) == name
 
 
 @pytest.mark.parametrize(
@@ -122,22 +122,22 @@ def test_jax_recognises_the_same_launchers(monkeypatch, environment):
 
 
 def test_on_one_process_nothing_is_shared():
-    assert distributed.is_first() and distributed.count() == 1
+    assert hosts.is_first() and hosts.count() == 1
     value = {"a": (1, 2)}
-    assert distributed.from_first("it", lambda: value) is value
-    assert distributed.values_of_first(value) is value
-    distributed.same_everywhere("value", value)
+    assert hosts.from_first("it", lambda: value) is value
+    assert hosts.values_of_first(value) is value
+    hosts.same_everywhere("value", value)
 
 
 def test_on_one_process_an_error_is_printed_and_its_status_returned(capsys):
-    assert distributed.fail(2, "nothing works") == 2
+    assert hosts.fail(2, "nothing works") == 2
     assert capsys.readouterr().err == "error: nothing works\n"
-    assert distributed.finish(143, "stopped") == 143
+    assert hosts.finish(143, "stopped") == 143
     assert capsys.readouterr().err == "stopped\n"
 
 
 def test_on_one_process_a_broken_connection_is_an_error_like_any_other():
-    assert not distributed.is_lost_contact(RuntimeError("Gloo AllReduce failed: Connection closed by peer"))
+    assert not hosts.is_lost_contact(RuntimeError("Gloo AllReduce failed: Connection closed by peer"))
 
 
 # ---- two processes
@@ -200,12 +200,12 @@ def test_of_two_processes_one_that_waits_for_the_first_in_vain_says_so():
     ],
 )
 def test_of_several_processes_a_broken_connection_is_told_from_other_errors(monkeypatch, error, lost):
-    monkeypatch.setattr(distributed, "_group", distributed._Group(index=1, count=2))
-    assert distributed.is_lost_contact(error) == lost
+    monkeypatch.setattr(hosts, "_group", hosts._Group(index=1, count=2))
+    assert hosts.is_lost_contact(error) == lost
 
 
 def test_a_broken_connection_behind_another_error_is_seen(monkeypatch):
-    monkeypatch.setattr(distributed, "_group", distributed._Group(index=1, count=2))
+    monkeypatch.setattr(hosts, "_group", hosts._Group(index=1, count=2))
     error = RuntimeError("the step failed")
     error.__cause__ = ValueError("Gloo AllReduce failed")
-    assert distributed.is_lost_contact(error)
+    assert hosts.is_lost_contact(error)

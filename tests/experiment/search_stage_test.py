@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from bnn_jax import search_stage
-from bnn_jax.data.folds import make_folds
 from bnn_jax.errors import Interrupted
+from bnn_jax.experiment import search_stage
 from bnn_jax.report import tables
 from bnn_jax.search.evolution import Settings
+from bnn_jax.search.folds import make_folds
 from bnn_jax.stages import DataSpec, OptimSpec, QuantSpec, Stage, spec
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.progress import SearchProgress

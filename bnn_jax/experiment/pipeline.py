@@ -1,7 +1,7 @@
 """What ``launch.py`` can do: train the stages of a run one after another, evaluate, summarise, report.
 
 A finished stage is skipped, an interrupted one goes on at its step, a new one starts from what it refers to. Of several
-processes the first one decides which of these it is, and writes; see ``distributed``.
+processes the first one decides which of these it is, and writes; see ``hosts``.
 """
 
 import contextlib
@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import data, distributed, run_folder, search_stage
-from bnn_jax.assembly import (
+from bnn_jax import data, hosts
+from bnn_jax.data.augment import prepare_eval
+from bnn_jax.errors import Interrupted, UserError
+from bnn_jax.experiment import run_folder, search_stage, start
+from bnn_jax.experiment.build import (
     Assembly,
     Run,
     assemble,
@@ -26,19 +29,17 @@ from bnn_jax.assembly import (
     make_evaluator,
     teacher_variables,
 )
-from bnn_jax.data.augment import prepare_eval
-from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.quantizers import build_weight
 from bnn_jax.report import complexity, levels, pictures, plots
 from bnn_jax.stages import Stage, fingerprint, parse_choice, parse_reference
-from bnn_jax.training import create, metrics, seeds
-from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.storage.checkpoint import CheckpointStore
+from bnn_jax.storage.weights import encoded_weights, save_weights
+from bnn_jax.training import metrics, seeds
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import features_of
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.progress import say
-from bnn_jax.training.realised import encoded_weights, save_weights
 from bnn_jax.training.state import TrainState
 
 
@@ -61,9 +62,9 @@ def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> li
     if run.num_seeds > 1 and jax.default_backend() == "cpu":
         say(f"config.num_seeds={run.num_seeds}: this is for accelerators; a CPU trains one after another much faster")
     again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
-    distributed.on_loss(lambda: _last_saved(run))
+    hosts.on_loss(lambda: _last_saved(run))
     with contextlib.ExitStack() as held:
-        distributed.from_first("folder", lambda: _prepare_folder(run, again, held, fresh=fresh))
+        hosts.from_first("folder", lambda: _prepare_folder(run, again, held, fresh=fresh))
         run_folder.check_shared(run.folder)
         stop = held.enter_context(StopRequest())
         return [_finished_result(run, stage) or _train_stage(run, stage, stop) for stage in run.stages]
@@ -152,7 +153,7 @@ def _network_of(run: Run, stage: Stage) -> tuple[Any, dict[str, Any]]:
     image_shape, num_classes = data.describe(stage.data)
     network = run.network(stage, num_classes=num_classes)
     try:
-        return network, create.variable_shapes(network, image_shape)
+        return network, start.variable_shapes(network, image_shape)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
         # Nothing is left of a feature map after too many strides, and a mean over it divides by zero.
@@ -167,7 +168,7 @@ def _move_aside(path: Path) -> None:
 
 
 def _finished_result(run: Run, stage: Stage) -> dict[str, Any] | None:
-    return distributed.from_first("finished", lambda: _read_result(run, stage))
+    return hosts.from_first("finished", lambda: _read_result(run, stage))
 
 
 def _read_result(run: Run, stage: Stage) -> dict[str, Any] | None:
@@ -188,13 +189,13 @@ def _train_stage(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     if stage.kind == "search":
         return _save_result(run, stage, search_stage.search(run, stage, stop), stop, started)
     source = run.load_data(stage)
-    distributed.same_everywhere(f"data of stage {stage.name}", {"fingerprint": source.fingerprint})
+    hosts.same_everywhere(f"data of stage {stage.name}", {"fingerprint": source.fingerprint})
     assembly = assemble(run, stage, source)
     # Only now: a run whose images cannot be read leaves nothing that a corrected config would have to respect.
-    distributed.from_first("stage folder", lambda: folder.mkdir(exist_ok=True))
+    hosts.from_first("stage folder", lambda: folder.mkdir(exist_ok=True))
     with CheckpointStore(folder / run_folder.CHECKPOINTS) as store:
         state = _fit(run, assembly, store, stop)
-    result = distributed.from_first("result", lambda: _finish(run, assembly, state, folder))
+    result = hosts.from_first("result", lambda: _finish(run, assembly, state, folder))
     return _save_result(run, stage, result, stop, started)
 
 
@@ -206,7 +207,7 @@ def _save_result(run: Run, stage: Stage, result: dict[str, Any], stop: StopReque
     """
     result["process_seconds"] = round(time.monotonic() - started, 1)
     path = run.stage_folder(stage) / run_folder.RESULT
-    distributed.from_first("result written", lambda: run_folder.write_json(path, result))
+    hosts.from_first("result written", lambda: run_folder.write_json(path, result))
     if stop.agreed(at_once=True) and stage is not run.stages[-1]:
         raise Interrupted(f"stage {stage.name} is finished; the same command goes on with the rest", stop.signal_number)
     return result
@@ -227,7 +228,7 @@ def _fit(run: Run, assembly: Assembly, store: CheckpointStore, stop: StopRequest
         assembly.parts,
         schedule=assembly.schedule,
         source=assembly.source,
-        teacher=distributed.values_of_first(teacher_variables(run, assembly)),
+        teacher=hosts.values_of_first(teacher_variables(run, assembly)),
         evaluator=make_evaluator(run, stage, assembly.network, assembly.source, devices),
         store=store,
         metrics_path=run.stage_folder(stage) / run_folder.METRICS,
@@ -379,7 +380,7 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
         stage = run.find(name) if name else run.stages[-1]
     else:
         run_folder.check_owner(run.folder, run.config, run.stages)
-        stage = run.find(name or distributed.from_first("last stage", lambda: _last_finished(run).name))
+        stage = run.find(name or hosts.from_first("last stage", lambda: _last_finished(run).name))
     if stage.kind == "search":
         raise UserError(
             f"--stage={stage.name}: it searches and trains nothing to evaluate; its results are in --mode=report"
@@ -484,7 +485,7 @@ def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
     """What pictures of a stage are drawn from, of several seeds the first; images are read where one asks for them."""
     image_shape, num_classes = data.describe(stage.data)
     terms = build_objectives(stage)
-    target = jax.eval_shape(lambda: create.objective_states(terms, num_classes))
+    target = jax.eval_shape(lambda: start.objective_states(terms, num_classes))
     with CheckpointStore(run.checkpoints(stage), read_only=True) as store:
         items = {"objective_state": seeds.stack_shapes(target, run.num_seeds)}
         state = run.seeds_of(stage).unstack(store.restore_items(items)[0]["objective_state"])[0]
@@ -508,7 +509,7 @@ def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
     def variables() -> tuple[dict[str, Any], dict[str, Any]]:
         network, shapes = _network_of(run, stage)
         # What is drawn from a seed needs no images; what a stage copies is not what its pictures compare.
-        initial = create.init_variables(network, jax.random.key(stage.init_seed), jnp.zeros((1, *image_shape)))
+        initial = start.init_variables(network, jax.random.key(stage.init_seed), jnp.zeros((1, *image_shape)))
         return initial, run.load_variables(f"stage:{stage.name}", shapes)
 
     names = data.class_names(stage.data, data_dir=run.config["data"]["data_dir"])

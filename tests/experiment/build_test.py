@@ -10,14 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from bnn_jax.assembly import Assembly, Run, assemble, teacher_variables
-from bnn_jax.config import validate
 from bnn_jax.errors import CheckpointError, UserError
+from bnn_jax.experiment import start
+from bnn_jax.experiment.build import Assembly, Run, assemble, teacher_variables
+from bnn_jax.experiment.config import validate
 from bnn_jax.networks import build
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, spec
-from bnn_jax.training import create
-from bnn_jax.training.checkpoint import CheckpointStore
+from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.projections import RefillCodebooks
 from configs import snn_resnet20
@@ -36,8 +36,8 @@ def assembled(folder: Path, **changes: Any) -> tuple[Run, Assembly]:
 
 def save(folder: Path, network: Any) -> dict[str, Any]:
     """Saves fresh variables of a network as a checkpoint, and returns them."""
-    variables = create.init_variables(network, jax.random.key(1), jnp.asarray(IMAGES))
-    state = create.create_state(
+    variables = start.init_variables(network, jax.random.key(1), jnp.asarray(IMAGES))
+    state = start.create_state(
         variables, optimizer=optax.identity(), objectives=(), num_classes=10, seed=0, devices=all_devices()
     )
     with CheckpointStore(folder) as store:
@@ -64,7 +64,7 @@ def test_a_teacher_file_may_be_of_another_network_in_full_precision(tmp_path) ->
 def test_without_a_network_of_its_own_a_teacher_file_is_of_the_stages_network(tmp_path) -> None:
     save(tmp_path / "teacher", build(TEACHER, QuantSpec(), num_classes=10))
     run, assembly = assembled(tmp_path, teacher=f"file:{tmp_path / 'teacher'}", teacher_network=None)
-    shapes = create.variable_shapes(assembly.parts.teacher, IMAGES.shape[1:])
+    shapes = start.variable_shapes(assembly.parts.teacher, IMAGES.shape[1:])
     assert jax.tree.structure(shapes) == jax.tree.structure(assembly.shapes)
     with pytest.raises(CheckpointError, match="another network"):
         teacher_variables(run, assembly)

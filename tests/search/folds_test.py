@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from bnn_jax.data.folds import make_folds
 from bnn_jax.errors import DataError
+from bnn_jax.search.folds import make_folds
 
 LABELS = np.random.RandomState(0).randint(0, 7, 230)
 

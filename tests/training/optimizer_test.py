@@ -11,7 +11,7 @@ import pytest
 
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec, spec
-from bnn_jax.training.optim import group_labels, make_optimizer
+from bnn_jax.training.optimizer import group_labels, make_optimizer
 
 # Ten steps in float32 against float64; errors of 1e-7 per step, relative to values of about 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

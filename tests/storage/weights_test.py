@@ -5,7 +5,7 @@ import pytest
 
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import IDENTITY, Spec, spec
-from bnn_jax.training.realised import encoded_weights, put_base, save_weights
+from bnn_jax.storage.weights import encoded_weights, put_base, save_weights
 from tests.training import tiny
 
 IMAGE_SHAPE = (tiny.SIZE, tiny.SIZE, 3)

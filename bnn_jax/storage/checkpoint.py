@@ -30,9 +30,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bnn_jax import distributed
+from bnn_jax import hosts
 from bnn_jax.errors import CheckpointError
-from bnn_jax.training import content_hash
+from bnn_jax.storage import content_hash
 from bnn_jax.training.state import TrainState
 
 ITEMS = (
@@ -163,7 +163,7 @@ class CheckpointStore:
         """
         self._directory = Path(directory).absolute()
         self._read_only = read_only
-        self._writes = not read_only and distributed.is_first()
+        self._writes = not read_only and hosts.is_first()
         self._damage: dict[int, str] = {}
         self._manager: Any = None
         self._worker: ThreadPoolExecutor | None = None
@@ -362,7 +362,7 @@ class CheckpointStore:
                 raise self._all_damaged()
             return max(steps, default=None)
 
-        return distributed.from_first("latest step", decide)
+        return hosts.from_first("latest step", decide)
 
     def best_step(self) -> int | None:
         """The one of ``steps`` with the highest selection_top1, the earliest of equal ones; None without metrics."""
@@ -473,7 +473,7 @@ class CheckpointStore:
             found.append((content[0], content[1]))
             return step
 
-        step = distributed.from_first("restored step", decide)
+        step = hosts.from_first("restored step", decide)
         return found[0] if found else self._restore_here(target, step)[1:]
 
     def _restore_here(self, target: dict[str, Any], which: Which) -> tuple[int, dict[str, Any], dict[str, Any]]:

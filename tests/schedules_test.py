@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnn_jax.schedules import SCHEDULES, build
 from bnn_jax.stages import spec
-from bnn_jax.training.schedules import SCHEDULES, build
 
 # Options of every entry; a new schedule needs some here.
 EXAMPLES = {

@@ -16,7 +16,7 @@ from bnn_jax.objectives.base import Objective
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.steps import zero_metric_sums
+from bnn_jax.training.step import zero_metric_sums
 
 COLLECTIONS = ("params", "batch_stats", "quant_state")
 

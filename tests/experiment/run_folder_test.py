@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from bnn_jax import methods, run_folder
-from bnn_jax.config import LOCATION_KEYS, flatten, validate
+from bnn_jax import methods
 from bnn_jax.errors import UserError
+from bnn_jax.experiment import run_folder
+from bnn_jax.experiment.config import LOCATION_KEYS, flatten, validate
 from configs import quickstart
 
 
@@ -245,7 +246,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch, content, 
     if content is not None:
         run_folder.write_json(tmp_path / "config.json", content)
     monkeypatch.setattr(run_folder, "SHARED_SECONDS", 0.0)
-    monkeypatch.setattr(run_folder.distributed, "from_first", lambda name, decide: {"written": "there"})
+    monkeypatch.setattr(run_folder.hosts, "from_first", lambda name, decide: {"written": "there"})
     with pytest.raises(
         UserError, match=f"config.json that process 0 wrote {message}; the folder must be on a file sys"
     ):
@@ -253,7 +254,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch, content, 
 
 
 def test_a_file_that_shows_late_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder.distributed, "from_first", lambda name, decide: {"written": "there"})
+    monkeypatch.setattr(run_folder.hosts, "from_first", lambda name, decide: {"written": "there"})
     late = lambda seconds: run_folder.write_json(tmp_path / "config.json", {"written": "there"})  # noqa: E731
     monkeypatch.setattr(run_folder.time, "sleep", late)
     run_folder.check_shared(tmp_path)

@@ -16,10 +16,10 @@ import optax
 
 from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.schedules import Schedule
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Rows, fetch
 from bnn_jax.training.projections import Projection, Update
-from bnn_jax.training.schedules import Schedule
 from bnn_jax.training.seeds import over
 from bnn_jax.training.state import TrainState
 

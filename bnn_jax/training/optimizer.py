@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.schedules import Schedule
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec
-from bnn_jax.training.schedules import Schedule
 
 
 def path_of(key_path: Sequence[Any]) -> str:

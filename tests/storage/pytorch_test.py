@@ -10,11 +10,11 @@ from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks
 from bnn_jax.errors import CheckpointError
+from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, spec
-from bnn_jax.training import import_weights
-from bnn_jax.training.create import variable_shapes
-from bnn_jax.training.import_weights import import_pytorch, read_pytorch
+from bnn_jax.storage import pytorch
+from bnn_jax.storage.pytorch import import_pytorch, read_pytorch
 from tests.conftest import ROOT
 
 RELEASED = ROOT.parent / "shared" / "checkpoints"
@@ -212,7 +212,7 @@ def test_an_unknown_byte_order_is_refused(tmp_path):
 
 
 def test_only_the_globals_of_the_released_files_are_allowed():
-    assert set(import_weights._allowed_globals()) == {
+    assert set(pytorch._allowed_globals()) == {
         ("collections", "OrderedDict"),
         ("torch", "FloatStorage"),
         ("torch", "LongStorage"),
@@ -444,23 +444,23 @@ def test_a_changed_pickle_with_a_right_checksum_raises_nothing_but_checkpoint_er
 def test_the_state_is_found_and_its_prefix_stripped(key):
     array = np.zeros(2)
     raw = {"epoch": 3, key: {"module.fc.bias": array, "module.module.bn.bias": array, "my.module.x": array}}
-    assert list(import_weights.state_dict(raw)) == ["fc.bias", "bn.bias", "my.module.x"]
+    assert list(pytorch.state_dict(raw)) == ["fc.bias", "bn.bias", "my.module.x"]
 
 
 def test_the_file_may_be_the_state_itself():
     array = np.zeros(2)
-    assert import_weights.state_dict({"module.fc.bias": array}) == {"fc.bias": array}
+    assert pytorch.state_dict({"module.fc.bias": array}) == {"fc.bias": array}
 
 
 @pytest.mark.parametrize("raw", [{}, {"epoch": 3}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {1: np.zeros(2)}])
 def test_a_file_without_a_state_is_an_error(raw):
     with pytest.raises(CheckpointError, match=r"no state of a network: keys are .*; accepted are model_state_dict"):
-        import_weights.state_dict(raw)
+        pytorch.state_dict(raw)
 
 
 def test_names_that_differ_by_the_prefix_only_are_an_error():
     with pytest.raises(CheckpointError, match="same name"):
-        import_weights.state_dict({"module.a": np.zeros(2), "a": np.zeros(2)})
+        pytorch.state_dict({"module.a": np.zeros(2), "a": np.zeros(2)})
 
 
 NAMES = [
@@ -501,49 +501,49 @@ ALIASES = [
 
 @pytest.mark.parametrize(("name", "ndim", "path"), NAMES)
 def test_names_convert_in_both_directions(name, ndim, path):
-    assert import_weights.to_path(name, ndim=ndim) == path
-    assert import_weights.to_pytorch_name(path, pruned=name.endswith("weight_orig")) == name
+    assert pytorch.to_path(name, ndim=ndim) == path
+    assert pytorch.to_pytorch_name(path, pruned=name.endswith("weight_orig")) == name
 
 
 @pytest.mark.parametrize(("name", "ndim", "path"), ALIASES)
 def test_other_names_of_the_same_modules_are_read(name, ndim, path):
-    assert import_weights.to_path(name, ndim=ndim) == path
+    assert pytorch.to_path(name, ndim=ndim) == path
 
 
 def test_an_array_under_two_names_of_its_module_is_an_error():
     with pytest.raises(CheckpointError, match="two arrays of the file belong to params/fc/bias"):
-        import_weights.convert_names({"linear.bias": np.zeros(2), "fc.bias": np.zeros(2)})
+        pytorch.convert_names({"linear.bias": np.zeros(2), "fc.bias": np.zeros(2)})
 
 
 def test_similar_names_of_modules_stay():
-    assert import_weights.to_path("linear2.shortcut.bias", ndim=1) == "params/linear2/shortcut/bias"
-    assert import_weights.to_path("player1.0.downsample.01.bias", ndim=1) == "params/player1/0/downsample/01/bias"
+    assert pytorch.to_path("linear2.shortcut.bias", ndim=1) == "params/linear2/shortcut/bias"
+    assert pytorch.to_path("player1.0.downsample.01.bias", ndim=1) == "params/player1/0/downsample/01/bias"
 
 
 def test_a_path_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="no PyTorch name"):
-        import_weights.to_pytorch_name("params/conv1/alpha")
+        pytorch.to_pytorch_name("params/conv1/alpha")
 
 
 def test_batch_counters_are_dropped():
-    assert import_weights.to_path("layer1.0.bn1.num_batches_tracked", ndim=0) is None
+    assert pytorch.to_path("layer1.0.bn1.num_batches_tracked", ndim=0) is None
 
 
 def test_convolution_kernels_change_their_layout():
     array = random_array(2, 3, 4, 5)
-    ours = import_weights.convert_layout(array, to="ours")
+    ours = pytorch.convert_layout(array, to="ours")
     assert ours.shape == (4, 5, 3, 2) and ours[3, 1, 2, 0] == array[0, 2, 3, 1]
-    np.testing.assert_array_equal(import_weights.convert_layout(ours, to="pytorch"), array)
+    np.testing.assert_array_equal(pytorch.convert_layout(ours, to="pytorch"), array)
 
 
 def test_shifts_lose_the_axes_of_the_activations():
-    tree = import_weights.convert_names({"move0.bias": np.arange(3.0).reshape(1, 3, 1, 1)})
+    tree = pytorch.convert_names({"move0.bias": np.arange(3.0).reshape(1, 3, 1, 1)})
     np.testing.assert_array_equal(tree["params"]["sign_shift"]["bias"], [0.0, 1.0, 2.0])
 
 
 def test_codebooks_keep_their_layout():
     codebook = random_array(16, 9)
-    tree = import_weights.convert_names({"binary_conv.binarize.patterns": codebook})
+    tree = pytorch.convert_names({"binary_conv.binarize.patterns": codebook})
     np.testing.assert_array_equal(tree["params"]["conv1"]["weight_quantizer"]["codebook"], codebook)
 
 
@@ -551,36 +551,36 @@ def test_a_memory_the_file_leaves_out_is_the_sign_of_its_codebook():
     codebook = np.array([[0.5, -0.5], [-2.0, 1e-4]], np.float32)
     place = {"conv1": {"weight_quantizer": {"codebook": codebook}}}
     target = {"params": place, "quant_state": {"conv1": {"weight_quantizer": {"memory": codebook}}}}
-    found = import_weights.import_state({"binary_conv.binarize.patterns": codebook}, target)
+    found = pytorch.import_state({"binary_conv.binarize.patterns": codebook}, target)
     np.testing.assert_array_equal(found["params"]["conv1"]["weight_quantizer"]["codebook"], codebook)
     memory = found["quant_state"]["conv1"]["weight_quantizer"]["memory"]
     np.testing.assert_array_equal(memory, [[1.0, -1.0], [-1.0, 1.0]])
     assert memory.dtype == np.float32
     with pytest.raises(CheckpointError, match="memory"):
-        import_weights.import_state({"fc.bias": codebook[0]}, target)
+        pytorch.import_state({"fc.bias": codebook[0]}, target)
 
 
 def test_dense_kernels_change_their_layout():
     array = random_array(2, 3)
-    ours = import_weights.convert_layout(array, to="ours")
+    ours = pytorch.convert_layout(array, to="ours")
     assert ours[2, 1] == array[1, 2]
-    np.testing.assert_array_equal(import_weights.convert_layout(ours, to="pytorch"), array)
+    np.testing.assert_array_equal(pytorch.convert_layout(ours, to="pytorch"), array)
 
 
 def test_converted_names_fill_the_three_collections():
-    tree = import_weights.convert_names(small_state())
+    tree = pytorch.convert_names(small_state())
     shapes = jax.tree.map(lambda leaf: leaf.shape, small_target())
     assert jax.tree.map(lambda leaf: leaf.shape, tree) == shapes
 
 
 def test_a_network_without_masks_has_an_empty_collection():
-    assert import_weights.convert_names({"fc.bias": np.zeros(2)})["quant_state"] == {}
+    assert pytorch.convert_names({"fc.bias": np.zeros(2)})["quant_state"] == {}
 
 
 @pytest.mark.parametrize("names", [("a.weight", "a.weight_orig"), ("a.x", "a.x.bias"), ("a.x.bias", "a.x")])
 def test_arrays_in_the_same_place_are_an_error(names):
     with pytest.raises(CheckpointError, match="of the file"):
-        import_weights.convert_names({name: np.zeros((2, 2)) for name in names})
+        pytorch.convert_names({name: np.zeros((2, 2)) for name in names})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
@@ -672,7 +672,7 @@ def test_the_imagenet_weights_of_torchvision_fit_leaf_by_leaf(name, blocks, arra
     state = torchvision_state(blocks, bottleneck=name == "standard_resnet50")
     target = variable_shapes(networks.build(spec(name), QuantSpec(), num_classes=1000), (224, 224, 3))
     # A missing, unknown or misshapen array would be an error.
-    leaves = jax.tree.leaves(import_weights.import_state(state, target))
+    leaves = jax.tree.leaves(pytorch.import_state(state, target))
     assert len(leaves) == len([key for key in state if not key.endswith("tracked")]) == arrays
     assert sum(leaf.size for leaf in leaves) == numbers
 
@@ -690,8 +690,8 @@ def test_logits_survive_a_round_trip_through_a_file_of_parameters(tmp_path, name
     variables = import_pytorch(path, variable_shapes(network, (16, 16, 3)))
     # Every array is where its name says: the way back gives the state that was written.
     back = {
-        import_weights.to_pytorch_name("/".join((collection, *names))): np.ascontiguousarray(
-            import_weights.convert_layout(leaf, to="pytorch")
+        pytorch.to_pytorch_name("/".join((collection, *names))): np.ascontiguousarray(
+            pytorch.convert_layout(leaf, to="pytorch")
         )
         for collection in ("params", "batch_stats")
         for names, leaf in flatten_dict(variables[collection]).items()
@@ -729,7 +729,7 @@ def test_the_released_w4a4_arrays_equal_those_pytorch_read(golden_dir):
     recorded = golden_dir / "asbq" / "checkpoint_state.npz"
     if not recorded.is_file():
         pytest.skip(f"{recorded} is absent")
-    state = import_weights.state_dict(read_pytorch(W4A4))
+    state = pytorch.state_dict(read_pytorch(W4A4))
     with np.load(recorded) as arrays:
         assert set(arrays) == set(state)
         for name in arrays:
@@ -740,7 +740,7 @@ def test_the_released_w4a4_arrays_equal_those_pytorch_read(golden_dir):
 def test_the_released_w1a1_file_is_read():
     raw = read_pytorch(W1A1)
     assert raw["epoch"] == 698 and float(raw["best_prec1"]) == pytest.approx(87.149, abs=1e-3)
-    state = import_weights.state_dict(raw)
+    state = pytorch.state_dict(raw)
     assert len(state) == 121 and state["conv1.weight"].shape == (16, 3, 3, 3)
 
 

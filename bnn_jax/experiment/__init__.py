@@ -1,0 +1,1 @@
+"""Experiments: a config becomes stages, stages are built, trained, evaluated and reported."""
