@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from bnn_jax import hosts
 from bnn_jax.errors import UserError
-from bnn_jax.experiment.config import flatten, suggest, validate
+from bnn_jax.experiment.config import SECTIONS, flatten, keys_of, suggest, validate
 
 MODES = ("train", "evaluate", "summary", "report")
 
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str]) -> Any:
         values = _define_flags(config, argv)
         rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
-        raise UserError(_describe_illegal_value(one_line(error), config)) from None
+        raise UserError(_describe_illegal_value(one_line(error))) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"command line: {one_line(error)}; --help lists the options") from None
     if rest:
@@ -144,16 +144,11 @@ def _last_overrides(argv: Sequence[str], config: ConfigDict) -> list[str]:
     return [argv[0], *overrides.values(), *rest]
 
 
-def _describe_illegal_value(message: str, config: ConfigDict) -> str:
-    """Adds the accepted type to absl's message about a value of the wrong type."""
-    name = message.removeprefix("flag --").partition("=")[0]
-    if not name.startswith("config."):
-        return f"command line: {message}"
-    *sections, key = name.removeprefix("config.").split(".")
-    place: Any = config
-    for section in sections:
-        place = place[section]
-    return f"{message.removeprefix('flag ')}: accepted is {place.get_type(key).__name__}"
+def _describe_illegal_value(message: str) -> str:
+    """Adds what is accepted to absl's message about a value of the wrong type."""
+    flag = message.removeprefix("flag ")
+    key = keys_of(SECTIONS).get(flag.removeprefix("--config.").partition("=")[0])
+    return f"command line: {message}" if key is None else f"{flag}: accepted is {key.describe()}"
 
 
 def peers_of(values: Any) -> hosts.Peers | None:

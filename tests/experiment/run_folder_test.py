@@ -62,16 +62,6 @@ def test_another_config_is_refused_with_the_differing_keys(started):
     assert "--workdir" in message and "--fresh" in message and "\n" not in message
 
 
-def test_a_folder_from_before_a_key_was_added_is_still_this_runs(started):
-    path = started / "config.json"
-    content = json.loads(path.read_text())
-    del content["config"]["data"]["lighting"]
-    path.write_text(json.dumps(content))
-    claim(started)
-    with pytest.raises(UserError, match=r'config\.data\.lighting: "none" -> "paper"'):
-        claim(started, **{"data.lighting": "paper"})
-
-
 def test_many_differing_keys_are_counted(started):
     changes = {f"train.{key}": value for key, value in (("batch_size", 4), ("momentum", 0.5), ("nesterov", False))}
     changes |= {"seed": 7, "network": "resnet14", "data.augment": "none", "data.num_train": 8}
