@@ -131,7 +131,7 @@ class Run:
             return load_checkpoint(Path(parsed.target), target)
         target = seeds.stack_shapes(target, self.num_seeds)
         with CheckpointStore(self.checkpoints(self.find(parsed.target)), read_only=True) as store:
-            return store.restore_variables(target, which=parsed.which)[0]
+            return store.restore(target, which=parsed.which)[0]
 
     def fold_result(self, choice: str) -> dict[str, Any]:
         """What a search found on the fold that a choice names.
@@ -229,7 +229,7 @@ def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
         return import_pytorch(path, target)
     directory, step = describe(path)
     with CheckpointStore(directory, read_only=True) as store:
-        return store.restore_variables(target, which="last" if step is None else step)[0]
+        return store.restore(target, which="last" if step is None else step)[0]
 
 
 @dataclasses.dataclass(frozen=True)

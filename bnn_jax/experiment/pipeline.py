@@ -488,7 +488,7 @@ def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
     target = jax.eval_shape(lambda: start.objective_states(terms, num_classes))
     with CheckpointStore(run.checkpoints(stage), read_only=True) as store:
         items = {"objective_state": seeds.stack_shapes(target, run.num_seeds)}
-        state = run.seeds_of(stage).unstack(store.restore_items(items)[0]["objective_state"])[0]
+        state = run.seeds_of(stage).unstack(store.restore(items)[0]["objective_state"])[0]
     run = run.alone(0)
 
     def features() -> tuple[np.ndarray, np.ndarray]:
