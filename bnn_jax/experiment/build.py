@@ -16,7 +16,8 @@ from bnn_jax.data.base import ImageSource, Split
 from bnn_jax.data.order import index_plan
 from bnn_jax.data.streaming import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
-from bnn_jax.experiment import run_folder, start
+from bnn_jax.experiment import folder as run_folder
+from bnn_jax.experiment import start
 from bnn_jax.objectives import Objective
 from bnn_jax.schedules import Schedule
 from bnn_jax.search.folds import Folds, make_folds
