@@ -16,7 +16,7 @@ from typing import Any
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Section
 from bnn_jax.methods.common import data_spec
-from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"strict_release": False, "reset_bank": False, "task_loss": "cross_entropy"},
@@ -108,8 +108,7 @@ def _stage(config: Mapping[str, Any], switches: Mapping[str, Any], names: list[s
         optim=optim_spec(config, index),
         knobs=(("error_decay_k", spec("error_decay_k")), ("error_decay_t", spec("error_decay_t"))),
         # The second stage takes everything a state dict holds: weights and running statistics, not the optimiser.
-        init_from=None if index == 0 else f"stage:{names[index - 1]}@last",
-        transfer=("params", "batch_stats"),
+        inherit=None if index == 0 else Inherit(f"stage:{names[index - 1]}@last", ("params", "batch_stats")),
         seed=config["seed"] + 1000 * index,
         init_seed=config["seed"],
         bits=1.0,
