@@ -11,7 +11,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --config=FILE          config, e.g. configs/quickstart.py; FILE:smoke runs two steps per epoch
                          on generated images, FILE:smoke_real on a few of its own data set
   --config.KEY=VALUE     replaces one value, e.g. --config.train.batch_size=64
-                         --config.data.data_dir=DIR  (keys: configs/common.py)
+                         --config.data.data_dir=DIR  (all keys: --help-config)
   --workdir=DIR          run folder (default runs/<config name>)
   --mode=MODE            train      train all stages; skips finished, goes on with interrupted ones
                          evaluate   accuracy on the test images
@@ -24,6 +24,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --fresh                train: move an existing run folder aside and start anew
   --json                 one JSON object as the last line
   --help                 this text
+  --help-config          all keys of a config: default, meaning, accepted values
 
 on several processes (hosts): train and evaluate; the same command in each of them
   under SLURM (srun), Open MPI and in a Kubernetes JobSet they find each other; elsewhere:
@@ -45,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
         print(USAGE, end="")
         return 0
+    if any(argument in ("--help-config", "--help_config") for argument in argv[1:]):
+        from bnn_jax.experiment.config import describe_keys
+
+        print(describe_keys())
+        return 0
     from bnn_jax import command_line, hosts
     from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError
 
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             hosts.lose_contact(error)
         if isinstance(error, OSError):
             # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
-            from bnn_jax.experiment.run_folder import describe_os_error
+            from bnn_jax.experiment.folder import describe_os_error
 
             where = f"{error.filename}: " if error.filename else ""
             return hosts.fail(2, f"{where}{describe_os_error(error)}")
