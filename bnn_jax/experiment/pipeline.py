@@ -30,7 +30,8 @@ from bnn_jax.experiment.build import (
     teacher_variables,
 )
 from bnn_jax.quantizers import build_weight
-from bnn_jax.report import complexity, levels, pictures, plots
+from bnn_jax.report import pictures, plots
+from bnn_jax.report.costs import Complexity, complexity, levels_in_use
 from bnn_jax.stages import Stage, fingerprint, parse_choice, parse_reference
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.storage.weights import encoded_weights, save_weights
@@ -278,8 +279,8 @@ def _result(run: Run, assembly: Assembly, each: list[dict[str, Any]]) -> dict[st
     last = records[-1]
     # What is left of a supernet when its winner is known has one branch.
     network = assembly.network.clone(branches=1) if _is_winner(stage) else assembly.network
-    costs = complexity.complexity(network, source.image_shape)
-    in_use = [levels.levels_in_use(assembly.network, variables, source.image_shape) for variables in each]
+    costs = complexity(network, source.image_shape)
+    in_use = [levels_in_use(assembly.network, variables, source.image_shape) for variables in each]
     device = jax.devices()[0]
     return {
         "stage": stage.name,
@@ -410,7 +411,7 @@ def _last_finished(run: Run) -> Stage:
     raise UserError(f"{run.folder}: no finished stage to evaluate; train first, or give --checkpoint")
 
 
-def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity:
+def summary(run: Run, *, stage_name: str | None = None) -> Complexity:
     """Costs of a stage's network, layer by layer; None is the last stage.
 
     Raises:
@@ -425,7 +426,7 @@ def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity
     others = [f"--stage={other.name}" for other in run.stages if other is not stage]
     if others:
         title += f"\n(other stages: {', '.join(others)})"
-    return dataclasses.replace(complexity.complexity(network, image_shape), title=title)
+    return dataclasses.replace(complexity(network, image_shape), title=title)
 
 
 def report(run: Run) -> dict[str, Any]:
