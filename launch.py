@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             hosts.lose_contact(error)
         if isinstance(error, OSError):
             # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
-            from bnn_jax.experiment.run_folder import describe_os_error
+            from bnn_jax.experiment.folder import describe_os_error
 
             where = f"{error.filename}: " if error.filename else ""
             return hosts.fail(2, f"{where}{describe_os_error(error)}")

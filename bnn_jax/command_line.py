@@ -196,9 +196,9 @@ def run(values: Any) -> None:
         hosts.connect(peers)
         _check_same_command(values, config)
     # Only now: importing jax takes seconds, and a mistake should show at once.
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.build import Run
 
-    job = pipeline.Run(config, Path(values.workdir or Path("runs") / config["name"]))
+    job = Run(config, Path(values.workdir or Path("runs") / config["name"]))
     modes = {"train": _train, "evaluate": _evaluate, "summary": _summary, "report": _report}
     result = modes[values.mode](job, values)
     if values.json and hosts.is_first():
@@ -212,23 +212,24 @@ def _check_same_command(values: Any, config: dict[str, Any]) -> None:
 
 
 def _train(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.results import winners
+    from bnn_jax.experiment.train import train
     from bnn_jax.report import tables
 
     if hosts.is_first():
         tables.show(tables.stages_table(job.stages), file=sys.stderr)
-    result = {"stages": pipeline.train(job, from_stage=values.stage, fresh=values.fresh)}
+    result = {"stages": train(job, from_stage=values.stage, fresh=values.fresh)}
     if hosts.is_first():
         tables.show(tables.results_table(result["stages"]))
-        _show_winners(pipeline.winners(job), result)
+        _show_winners(winners(job), result)
     return result
 
 
 def _evaluate(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.evaluate import evaluate
 
     checkpoint = Path(values.checkpoint) if values.checkpoint else None
-    result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
+    result = evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
     if hosts.is_first():
         name = values.stage or result["stage"]
         for row in result.get("seeds", ()):
@@ -249,22 +250,23 @@ def _evaluated(result: dict[str, Any]) -> str:
 
 
 def _summary(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.summary import summary
     from bnn_jax.report import tables
 
     name = values.stage or job.stages[-1].name
-    costs = pipeline.summary(job, stage_name=name)
+    costs = summary(job, stage_name=name)
     tables.show(tables.costs_table(costs))
     return {"stage": name, **costs.to_json()}
 
 
 def _report(job: Any, _: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.report import report
+    from bnn_jax.experiment.results import winners
     from bnn_jax.report import tables
 
-    result = pipeline.report(job)
+    result = report(job)
     tables.show(tables.results_table(result["stages"]))
-    _show_winners(pipeline.winners(job), result)
+    _show_winners(winners(job), result)
     for path in result["pictures"]:
         print(f"picture: {path}")
     return result

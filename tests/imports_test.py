@@ -120,7 +120,7 @@ def test_imports_point_down(path: pathlib.Path) -> None:
         ("data", "from bnn_jax.training.state import TrainState"),
         ("methods", "import jax.numpy as jnp"),
         ("networks", "from bnn_jax.methods import METHODS"),
-        ("training", "from ..experiment import pipeline"),
+        ("training", "from ..experiment import train"),
         ("report", "import tensorflow as tf"),
     ],
 )

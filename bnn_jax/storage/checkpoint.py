@@ -1,7 +1,7 @@
 """Checkpoints of a training stage: saved in the background, kept by a policy, verified when restored.
 
-One folder per step, written by Orbax with one item per collection of the ``TrainState``, so that evaluation, a teacher
-or the next stage reads the variables alone. Orbax makes a save atomic (a step folder gets its name when it is complete)
+One folder per step, written by Orbax with one item per field of the state, so that evaluation, a teacher or the next
+stage reads the variables alone. Orbax makes a save atomic (a step folder gets its name when it is complete)
 but stores no hash of the content and casts types silently; the item ``meta`` therefore holds, for every other item, a
 table of its leaves and a SHA-256 of their bytes, and a SHA-256 of itself.
 
@@ -21,11 +21,11 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +33,8 @@ import jax.numpy as jnp
 from bnn_jax import hosts
 from bnn_jax.errors import CheckpointError
 from bnn_jax.storage import content_hash
-from bnn_jax.training.state import TrainState
 
-ITEMS = (
-    "params",
-    "batch_stats",
-    "quant_state",
-    "opt_state",
-    "objective_state",
-    "metric_sums",
-    "rng",
-    "step",
-)
+# Items whose structure tells a network; the others are the optimiser's, the objectives' and the random generator's.
 VARIABLES = ("params", "batch_stats", "quant_state")
 FORMAT = 1
 
@@ -55,6 +45,8 @@ _REPLACED = re.compile(r"([0-9]+)\.replaced")
 _DELETED = "steps.deleted"
 
 Which = Literal["last", "best"] | int
+# A mapping of names to pytrees, or a dataclass of them.
+State = TypeVar("State")
 
 _LOG = logging.getLogger(__name__)
 
@@ -209,14 +201,15 @@ class CheckpointStore:
 
     # ---- saving
 
-    def save(self, state: TrainState, *, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
+    def save(self, state: Any, *, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Saves the state under its step; returns when it is copied to the host.
 
         Where the step is saved already, a save with metrics replaces it, as does one without if the saved one has none
         either; a save without metrics never replaces one with metrics (an epoch's end saved just before).
 
         Args:
-          state: state; its arrays may be donated right after.
+          state: mapping of names to pytrees, or a dataclass of them, with the number of steps done under ``step``; its
+            arrays may be donated right after.
           meta: JSON values that ``restore`` gives back.
           metrics: metrics of the epoch that ends here, with 'selection_top1', by which the best is chosen; None in the
             middle of an epoch: such a checkpoint is kept only while it is one of the last two.
@@ -231,7 +224,7 @@ class CheckpointStore:
         if not self._writes:
             return
         self.wait()
-        items = {name: getattr(state, name) for name in ITEMS if jax.tree.leaves(getattr(state, name))}
+        items = {name: tree for name, tree in _named(state).items() if jax.tree.leaves(tree)}
         for name, tree in items.items():
             content_hash.check_storable(name, tree)
         tables = {name: content_hash.leaf_table(name, tree) for name, tree in items.items()}
@@ -407,61 +400,24 @@ class CheckpointStore:
 
     # ---- restoring
 
-    def restore(self, target: TrainState, *, which: Which = "last") -> tuple[TrainState, dict[str, Any]]:
-        """Restores a whole state.
+    def restore(self, target: State, *, which: Which = "last") -> tuple[State, dict[str, Any]]:
+        """Restores a state, or those parts of it that the target names; the others are not read.
 
         Args:
-          target: state of the same structure, concrete or abstract (``jax.eval_shape``). Arrays go to the devices of
-            the target's shardings where it has them, else to the default device.
+          target: what was saved, or a mapping of some of its names, concrete or abstract (``jax.eval_shape``). Arrays
+            go to the devices of the target's shardings where it has them, else to the default device. A part that is
+            {} must be empty in the checkpoint too.
           which: 'last' (a damaged newest one gives a warning and the one before it), 'best', or a step.
 
         Returns:
-          The state, in buffers of its own, and the ``meta`` it was saved with.
+          The content in the structure of the target, in buffers of its own, and the ``meta`` it was saved with.
 
         Raises:
           CheckpointError: there is none, it is damaged, or it is of another network or training set-up.
         """
-        items, meta = self._restore({name: getattr(target, name) for name in ITEMS}, which)
-        return target.replace(**items), meta
-
-    def restore_variables(
-        self, target: dict[str, Any], *, which: Which = "last"
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Restores the collections a network is applied with, without optimiser and the rest.
-
-        Args:
-          target: any of 'params', 'batch_stats', 'quant_state', concrete or abstract. A collection that is not in it is
-            not read; one that is {} must be empty in the checkpoint too.
-          which: as in ``restore``.
-
-        Returns:
-          The collections of ``target`` and the ``meta`` of the checkpoint.
-
-        Raises:
-          CheckpointError: there is none, it is damaged, or it is of another network.
-          ValueError: ``target`` has another key.
-        """
-        if unknown := target.keys() - set(VARIABLES):
-            raise ValueError(f"collections {sorted(unknown)}: accepted are {', '.join(VARIABLES)}")
-        return self._restore(target, which)
-
-    def restore_items(self, target: dict[str, Any], *, which: Which = "last") -> tuple[dict[str, Any], dict[str, Any]]:
-        """Restores a part of the state, such as what the objectives collected.
-
-        Args:
-          target: any of the fields of ``TrainState``, concrete or abstract; the others are not read.
-          which: as in ``restore``.
-
-        Returns:
-          The fields of ``target`` and the ``meta`` of the checkpoint.
-
-        Raises:
-          CheckpointError: there is none, it is damaged, or it is of another network or training set-up.
-          ValueError: ``target`` has another key.
-        """
-        if unknown := target.keys() - set(ITEMS):
-            raise ValueError(f"items {sorted(unknown)}: accepted are {', '.join(ITEMS)}")
-        return self._restore(target, which)
+        items, meta = self._restore(_named(target), which)
+        restored = items if isinstance(target, Mapping) else dataclasses.replace(cast(Any, target), **items)
+        return cast(State, restored), meta
 
     def _restore(self, target: dict[str, Any], which: Which) -> tuple[dict[str, Any], dict[str, Any]]:
         """Restores the step that the first process found good; there before it is known to the others."""
@@ -592,6 +548,13 @@ def _step_folders(directory: Path) -> list[int]:
         return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir())
     except OSError as error:
         raise CheckpointError(f"{directory}: {_reason(error)}") from error
+
+
+def _named(state: Any) -> dict[str, Any]:
+    """The parts of a mapping or a dataclass by name."""
+    if isinstance(state, Mapping):
+        return dict(state)
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _checked_metrics(metrics: dict[str, float] | None) -> dict[str, float] | None:

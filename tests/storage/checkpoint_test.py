@@ -438,7 +438,7 @@ def test_another_structure_is_another_network(params: Any, phrase: str, two_good
     store = CheckpointStore(two_good, read_only=True)
     for restore in (
         lambda: store.restore(tiny_state(0).replace(params=params)),
-        lambda: store.restore_variables({"params": params}),
+        lambda: store.restore({"params": params}),
     ):
         with pytest.raises(CheckpointError, match=f"/2: checkpoint of another network: .*{phrase}") as caught:
             restore()
@@ -448,7 +448,7 @@ def test_another_structure_is_another_network(params: Any, phrase: str, two_good
 def test_only_the_first_differences_are_shown(two_good: pathlib.Path) -> None:
     params = {"dense": {"kernel": jnp.zeros(4)}, **{f"new{i}": jnp.zeros(1) for i in range(9)}}
     with pytest.raises(CheckpointError, match=r"params/new2 float32 \(1,\) is missing in it \(and 6 more\)$"):
-        CheckpointStore(two_good, read_only=True).restore_variables({"params": params})
+        CheckpointStore(two_good, read_only=True).restore({"params": params})
 
 
 def test_another_optimiser_is_not_called_another_network(two_good: pathlib.Path) -> None:
@@ -466,10 +466,8 @@ def test_a_key_of_another_generator_is_refused(two_good: pathlib.Path) -> None:
 def test_variables_are_restored_without_the_rest(two_good: pathlib.Path) -> None:
     expected = tiny_state(2)
     with CheckpointStore(two_good, read_only=True) as store:
-        only_params, meta = store.restore_variables({"params": jax.eval_shape(lambda: expected.params)})
-        both, _ = store.restore_variables(
-            {"params": expected.params, "batch_stats": {}, "quant_state": expected.quant_state}
-        )
+        only_params, meta = store.restore({"params": jax.eval_shape(lambda: expected.params)})
+        both, _ = store.restore({"params": expected.params, "batch_stats": {}, "quant_state": expected.quant_state})
     assert meta == {"step": 2}
     assert only_params.keys() == {"params"}
     assert bits(only_params["params"]) == bits(expected.params)
@@ -479,19 +477,14 @@ def test_variables_are_restored_without_the_rest(two_good: pathlib.Path) -> None
 
 def test_a_collection_asked_for_as_empty_must_be_empty(two_good: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match=r"another network: quant_state/mask uint8 \(3,\) is only in it"):
-        CheckpointStore(two_good, read_only=True).restore_variables({"params": tiny_state(0).params, "quant_state": {}})
+        CheckpointStore(two_good, read_only=True).restore({"params": tiny_state(0).params, "quant_state": {}})
 
 
 def test_damage_elsewhere_does_not_keep_variables_from_being_read(damageable: pathlib.Path) -> None:
     shutil.rmtree(damageable / "2" / "opt_state")
     with CheckpointStore(damageable, read_only=True) as store:
-        _, meta = store.restore_variables({"params": tiny_state(0).params})
+        _, meta = store.restore({"params": tiny_state(0).params})
     assert meta == {"step": 2}
-
-
-def test_only_variables_may_be_asked_for(two_good: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="accepted are params, batch_stats, quant_state"):
-        CheckpointStore(two_good, read_only=True).restore_variables({"opt_state": {}})
 
 
 def test_any_part_of_a_state_is_restored_on_its_own(damageable: pathlib.Path) -> None:
@@ -499,8 +492,8 @@ def test_any_part_of_a_state_is_restored_on_its_own(damageable: pathlib.Path) ->
     shutil.rmtree(damageable / "2" / "params")
     with CheckpointStore(damageable, read_only=True) as store:
         target = jax.eval_shape(lambda: {"opt_state": expected.opt_state, "step": expected.step})
-        items, meta = store.restore_items(target)
-        assert store.restore_items({"step": expected.step}, which=1)[0]["step"] == 1
+        items, meta = store.restore(target)
+        assert store.restore({"step": expected.step}, which=1)[0]["step"] == 1
     assert meta == {"step": 2}
     assert items.keys() == {"opt_state", "step"}
     assert bits(items) == bits({"opt_state": expected.opt_state, "step": expected.step})
@@ -510,12 +503,7 @@ def test_a_part_of_another_set_up_is_refused(two_good: pathlib.Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"another optimiser, objective .*: objective_state/bank/rows .* is missing"
     ):
-        CheckpointStore(two_good, read_only=True).restore_items({"objective_state": {"bank": {"rows": jnp.ones(2)}}})
-
-
-def test_only_parts_of_a_state_may_be_asked_for(two_good: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"items \['parameters'\]: accepted are params, batch_stats"):
-        CheckpointStore(two_good, read_only=True).restore_items({"parameters": {}})
+        CheckpointStore(two_good, read_only=True).restore({"objective_state": {"bank": {"rows": jnp.ones(2)}}})
 
 
 def test_missing_steps_and_folders_are_named(two_good: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -558,7 +546,7 @@ def test_read_only_changes_nothing(interrupted: pathlib.Path) -> None:
     with CheckpointStore(interrupted, read_only=True) as store:
         assert store.steps() == [1]
         store.restore(tiny_state(0))
-        store.restore_variables({"params": tiny_state(0).params})
+        store.restore({"params": tiny_state(0).params})
         with pytest.raises(ValueError, match="opened read-only"):
             store.save(tiny_state(5), meta={}, metrics=None)
     assert tree_of(interrupted) == before

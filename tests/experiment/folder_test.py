@@ -10,7 +10,7 @@ import pytest
 
 from bnn_jax import methods
 from bnn_jax.errors import UserError
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.config import LOCATION_KEYS, flatten, validate
 from configs import quickstart
 
@@ -216,11 +216,11 @@ def test_the_commit_is_not_that_of_another_project_the_library_is_installed_in(t
 
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message=theirs")
-    installed = tmp_path / "run_folder.py"
+    installed = tmp_path / "folder.py"
     installed.write_text("")
     monkeypatch.setattr(run_folder, "__file__", str(installed))
     assert run_folder.git_commit() is None
-    git("add", "run_folder.py")
+    git("add", "folder.py")
     assert run_folder.git_commit() is not None
 
 
