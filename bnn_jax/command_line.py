@@ -255,7 +255,7 @@ def _summary(job: Any, values: Any) -> dict[str, Any]:
 
     name = values.stage or job.stages[-1].name
     costs = summary(job, stage_name=name)
-    tables.show(costs.table())
+    tables.show(tables.costs_table(costs))
     return {"stage": name, **costs.to_json()}
 
 
