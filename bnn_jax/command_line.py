@@ -201,7 +201,8 @@ def run(values: Any, group: hosts.Group) -> None:
     from bnn_jax.experiment.build import Run
 
     job = Run(config, Path(values.workdir or Path("runs") / config["name"]))
-    modes = {"train": functools.partial(_train, group=group), "evaluate": _evaluate, "summary": _summary, "report": _report}
+    train = functools.partial(_train, group=group)
+    modes = {"train": train, "evaluate": _evaluate, "summary": _summary, "report": _report}
     result = modes[values.mode](job, values)
     if values.json and hosts.is_first():
         print(json.dumps(result), flush=True)
