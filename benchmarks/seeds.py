@@ -117,14 +117,8 @@ def measure(options: argparse.Namespace, *, bits: int, num_seeds: int) -> dict[s
 
 def largest_difference(together: list[TrainState], alone: list[TrainState]) -> float:
     """Largest absolute difference of the parameters of the two sides, which took the same steps."""
-    return max(
-        float(jnp.max(jnp.abs(one - other)))
-        for one, other in zip(
-            jax.tree.leaves([state.params for state in together]),
-            jax.tree.leaves([s.params for s in alone]),
-            strict=True,
-        )
-    )
+    sides = [jax.tree.leaves([state.params for state in side]) for side in (together, alone)]
+    return max(float(jnp.max(jnp.abs(one - other))) for one, other in zip(*sides, strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bnn_jax import data, methods, networks, objectives, schedules
 from bnn_jax.data.augment import prepare_train
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import UserError
 from bnn_jax.experiment import start
 from bnn_jax.objectives import Objective

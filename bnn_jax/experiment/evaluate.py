@@ -7,7 +7,7 @@ from typing import Any
 
 from bnn_jax import hosts
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import UserError
 from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, described_network, of_seed, seeds_of

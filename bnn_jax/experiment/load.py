@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bnn_jax import data, hosts
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import CheckpointError
 from bnn_jax.experiment import start
 from bnn_jax.experiment.build import Experiment, build_network

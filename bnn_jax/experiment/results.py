@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.experiment.build import Experiment
 from bnn_jax.experiment.folder import METRICS_TABLE, RunFolder, provenance, weights_file
-from bnn_jax.report import complexity, levels
+from bnn_jax.report.costs import complexity, levels_in_use
 from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint, parse_choice
 from bnn_jax.storage.weights import encoded_weights, save_weights
@@ -72,8 +72,8 @@ def _result(setup: Setup, records: list[dict[str, Any]], each: list[dict[str, An
     source, last, best = setup.source, records[-1], best_of(records)
     # What is left of a supernet when its winner is known has one branch.
     network = setup.network.clone(branches=1) if setup.stage.trains_winner else setup.network
-    costs = complexity.complexity(network, source.image_shape).total
-    in_use = [levels.levels_in_use(setup.network, variables, source.image_shape) for variables in each]
+    costs = complexity(network, source.image_shape).total
+    in_use = [levels_in_use(setup.network, variables, source.image_shape) for variables in each]
     return {
         "last_top1": last["test_top1"],
         "best_top1": best["test_top1"],

@@ -17,8 +17,8 @@ import numpy as np
 
 from bnn_jax import hosts
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.base import ImageSource, Split
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.memory import ImageSource, Split
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, build_network

@@ -16,7 +16,7 @@ import optax
 
 from bnn_jax import hosts
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.order import index_plan
 from bnn_jax.errors import CheckpointError
 from bnn_jax.objectives.base import Objective

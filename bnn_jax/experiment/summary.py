@@ -4,10 +4,10 @@ import dataclasses
 
 from bnn_jax import data
 from bnn_jax.experiment.build import Experiment, described_network
-from bnn_jax.report import complexity
+from bnn_jax.report.costs import Complexity, complexity
 
 
-def summary(experiment: Experiment, *, stage_name: str | None = None) -> complexity.Complexity:
+def summary(experiment: Experiment, *, stage_name: str | None = None) -> Complexity:
     """Costs of a stage's network, layer by layer; None is the last stage.
 
     Raises:
@@ -22,4 +22,4 @@ def summary(experiment: Experiment, *, stage_name: str | None = None) -> complex
     others = [f"--stage={other.name}" for other in experiment.stages if other is not stage]
     if others:
         title += f"\n(other stages: {', '.join(others)})"
-    return dataclasses.replace(complexity.complexity(network, image_shape), title=title)
+    return dataclasses.replace(complexity(network, image_shape), title=title)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from bnn_jax import hosts
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, set_up
@@ -34,7 +34,12 @@ from bnn_jax.training.progress import say
 
 
 def train(
-    experiment: Experiment, folder: RunFolder, *, from_stage: str | None = None, fresh: bool = False
+    experiment: Experiment,
+    folder: RunFolder,
+    *,
+    from_stage: str | None = None,
+    fresh: bool = False,
+    group: hosts.Group | None = None,
 ) -> list[dict[str, Any]]:
     """Trains what is left of an experiment.
 
@@ -43,6 +48,7 @@ def train(
       folder: its run folder.
       from_stage: name of a stage to train again, with all after it; their old folders are moved aside.
       fresh: whether an existing run folder is moved aside first.
+      group: ends the process if it is asked to stop while it compiles, see ``StopRequest``.
 
     Returns:
       The results of all stages.
@@ -56,11 +62,12 @@ def train(
     if seeds > 1 and jax.default_backend() == "cpu":
         say(f"config.num_seeds={seeds}: this is for accelerators; a CPU trains one after another much faster")
     again = () if from_stage is None else stages[stages.index(experiment.find(from_stage)) :]
-    hosts.on_loss(folder.last_saved)
+    if group is not None:
+        group.goes_on_from = folder.last_saved
     with contextlib.ExitStack() as held:
         hosts.from_first("folder", lambda: _prepare(folder, experiment, again, held, fresh=fresh))
         files.check_shared(folder.path)
-        stop = held.enter_context(StopRequest())
+        stop = held.enter_context(StopRequest(group))
         # Most stages of a chain have the same images, which are then decoded once.
         images = functools.lru_cache(maxsize=1)(functools.partial(load_images, experiment.config))
         return [
