@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 LAYERS = {
     "errors": 0,
     "stages": 0,
+    "knobs": 0,
     "hosts": 1,
     "restricted_pickle": 1,
     "schedules": 1,
@@ -37,16 +38,18 @@ LAYERS = {
 ONLY = {
     "errors": set(),
     "stages": set(),
+    "knobs": set(),
     "hosts": {"errors"},
     "schedules": {"stages"},
     "ops": set(),
-    "methods": {"stages", "errors"},
+    "methods": {"stages", "errors", "knobs"},
     "data": {"stages", "errors", "restricted_pickle"},
 }
 # What it may import from elsewhere besides the standard library, where that is restricted.
 OUTSIDE = {
     "errors": set(),
     "stages": set(),
+    "knobs": set(),
     "hosts": {"jax", "numpy"},
     "restricted_pickle": {"numpy"},
     "schedules": {"jax"},

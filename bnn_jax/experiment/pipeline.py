@@ -24,6 +24,7 @@ from bnn_jax.experiment.build import (
     Run,
     assemble,
     build_objectives,
+    check_knobs,
     initial_state,
     load_checkpoint,
     make_evaluator,
@@ -103,7 +104,7 @@ def check(run: Run) -> None:
     built = set()
     for stage in run.stages:
         _check_files(stage)
-        build_objectives(stage)
+        check_knobs(stage)
         if stage.kind == "train":
             run.network(stage, num_classes=data.describe(stage.data)[1], trained=True)
         # Tracing a large network takes seconds, and many stages may share one.

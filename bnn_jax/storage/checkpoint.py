@@ -39,13 +39,14 @@ ITEMS = (
     "params",
     "batch_stats",
     "quant_state",
+    "knobs",
     "opt_state",
     "objective_state",
     "metric_sums",
     "rng",
     "step",
 )
-VARIABLES = ("params", "batch_stats", "quant_state")
+VARIABLES = ("params", "batch_stats", "quant_state", "knobs")
 FORMAT = 1
 
 # Folders beside the steps; nothing of another name is ever touched.
@@ -430,8 +431,8 @@ class CheckpointStore:
         """Restores the collections a network is applied with, without optimiser and the rest.
 
         Args:
-          target: any of 'params', 'batch_stats', 'quant_state', concrete or abstract. A collection that is not in it is
-            not read; one that is {} must be empty in the checkpoint too.
+          target: any of ``VARIABLES``, concrete or abstract. A collection that is not in it is not read;
+            one that is {} must be empty in the checkpoint too.
           which: as in ``restore``.
 
         Returns:
