@@ -31,7 +31,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Run, assemble, initial_variables, make_evaluator
 from bnn_jax.experiment.config import validate
 from bnn_jax.quantizers import QuantContext

@@ -71,8 +71,8 @@ def table(monkeypatch):
 NETWORK = tiny.TinyNetwork(weight=spec("follows_knob"))
 
 
-def variables_with(gain: float, network: Any = NETWORK) -> dict[str, Any]:
-    return {**tiny.variables(network), "knobs": {"gain": jnp.float32(gain)}}
+def variables_with(gain: float) -> dict[str, Any]:
+    return {**tiny.variables(NETWORK), "knobs": {"gain": jnp.float32(gain)}}
 
 
 def kernels_of(folder) -> list[np.ndarray]:
@@ -129,9 +129,10 @@ def test_evaluation_search_and_export_read_the_stored_value():
     for gain in (1.0, -1.0):
         variables = devices.replicate(variables_with(gain))
         images = tiny.prepare_for_evaluation(jnp.asarray(data.test.images))
-        logits = NETWORK.apply(variables, images, QuantContext(knobs={"gain": gain})).logits
+        logits = NETWORK.apply(variables, images, QuantContext(knobs={"gain": jnp.float32(gain)})).logits
         top1 = 100 * float(np.mean(np.argmax(logits, axis=-1) == data.test.labels))
-        assert evaluate(variables, "test")["top1"] == pytest.approx(top1)
+        evaluated = evaluate(variables, "test")
+        assert evaluated is not None and evaluated["top1"] == pytest.approx(top1)
         assert search(variables, [[0], [1]], np.arange(12)) == pytest.approx([top1, top1])
         kernel = encoded_weights(NETWORK, variables, (tiny.SIZE, tiny.SIZE, 3))["conv"].decode()
         np.testing.assert_array_equal(

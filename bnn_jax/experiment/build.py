@@ -12,11 +12,12 @@ import numpy as np
 
 from bnn_jax import data, hosts, methods, networks, objectives, quantizers, schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.order import index_plan
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
-from bnn_jax.experiment import run_folder, start
+from bnn_jax.experiment import folder as run_folder
+from bnn_jax.experiment import start
 from bnn_jax.objectives import Objective
 from bnn_jax.schedules import Schedule
 from bnn_jax.search.folds import Folds, make_folds
@@ -131,7 +132,7 @@ class Run:
             return load_checkpoint(Path(parsed.target), target)
         target = seeds.stack_shapes(target, self.num_seeds)
         with CheckpointStore(self.checkpoints(self.find(parsed.target)), read_only=True) as store:
-            return store.restore_variables(target, which=parsed.which)[0]
+            return store.restore(target, which=parsed.which)[0]
 
     def fold_result(self, choice: str) -> dict[str, Any]:
         """What a search found on the fold that a choice names.
@@ -230,7 +231,7 @@ def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
         return import_pytorch(path, {name: shapes for name, shapes in target.items() if name != "knobs"})
     directory, step = describe(path)
     with CheckpointStore(directory, read_only=True) as store:
-        return store.restore_variables(target, which="last" if step is None else step)[0]
+        return store.restore(target, which="last" if step is None else step)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,14 +20,38 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from bnn_jax.errors import UserError
+from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, POSITIVE, Key, Section, between
 from bnn_jax.knobs import REFINE_CODEBOOK
-from bnn_jax.methods.common import data_spec, teacher_stage
+from bnn_jax.methods.common import data_spec, teacher_keys, teacher_stage
 from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"refine": True, "maintenance": "clean", "pattern_optimizer": "release14"},
     "release_1gpu": {"refine": True, "maintenance": "release", "pattern_optimizer": "release14"},
     "release_4gpu": {"refine": False, "maintenance": "release", "pattern_optimizer": "release14"},
+}
+
+KEYS: Section = {
+    "preset": Key("paper", "published settings that fill what is empty, see bnn_jax/methods/snn.py", tuple(PRESETS)),
+    "tau": Key(
+        5,
+        "bits of an index; codebooks have 2**tau patterns, a weight tau/9 bits; 9: ordinary binary weights",
+        between(1, 9),
+    ),
+    "two_step": Key(True, "whether a step of binary activations comes first; False: sub-bit weights from scratch"),
+    "epochs": Key((256,), "epochs per step, or one number for both", ALL_POSITIVE),
+    "learning_rate": Key(1e-3, "rate of Adam at the start, falling linearly to 0", POSITIVE),
+    "weight_decays": Key((1e-5, 0.0), "L2 per step, or one for both", ALL_NOT_NEGATIVE),
+    "refine": Key(None, "whether codebooks are trained", kind=bool),
+    "refine_interval": Key(25, "steps from one gradient of the codebooks to the next", POSITIVE),
+    "maintenance": Key(None, "where new patterns are put, see bnn_jax/methods/snn.py", ("clean", "release"), kind=str),
+    "pattern_optimizer": Key(
+        None,
+        "Adam between two gradients of a codebook: goes on ('release14') or waits",
+        ("release14", "skip"),
+        kind=str,
+    ),
+    **teacher_keys("standard_resnet20"),
 }
 
 TEACHER, FIRST, SECOND = "teacher", "binary_activations", "sub_bit"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnn_jax.experiment import search_stage
+from bnn_jax.experiment import search as search_stage
 from tests.conftest import ROOT
 from tests.integration.launching import (
     SAVE_ALWAYS,

@@ -22,7 +22,7 @@ from typing import Any
 import bnn_jax
 from bnn_jax import hosts
 from bnn_jax.errors import UserError
-from bnn_jax.experiment.config import ADDED_LATER, LOCATION_KEYS, flatten
+from bnn_jax.experiment.config import LOCATION_KEYS, flatten
 from bnn_jax.stages import Stage, differing_keys, to_json
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
@@ -128,7 +128,7 @@ def _differences(path: Path, config: Mapping[str, Any], stages: tuple[Stage, ...
         return []
     new = _content(config, stages)
     flat_old, flat_new = (
-        {f"config.{key}": value for key, value in (ADDED_LATER | flatten(config)).items() if key not in LOCATION_KEYS}
+        {f"config.{key}": value for key, value in flatten(config).items() if key not in LOCATION_KEYS}
         for config in (existing.get("config", {}), new["config"])
     )
     return differing_keys(flat_old, flat_new) or differing_keys(existing.get("stages"), new["stages"], "stages")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bnn_jax.errors import Interrupted
-from bnn_jax.experiment import search_stage
+from bnn_jax.experiment import search as search_stage
 from bnn_jax.report import tables
 from bnn_jax.search.evolution import Settings
 from bnn_jax.search.folds import make_folds

@@ -17,9 +17,9 @@ import numpy as np
 
 from bnn_jax import hosts
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Run, fold_path, folds_of, searched_split
 from bnn_jax.search.evolution import Evolution, Settings, restored_rng, rng_state
 from bnn_jax.search.folds import Folds
