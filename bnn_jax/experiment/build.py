@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from bnn_jax import data, methods, networks, objectives, schedules
+from bnn_jax import data, methods, networks, objectives, quantizers, schedules
 from bnn_jax.data.augment import prepare_train
 from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import UserError
@@ -130,6 +130,25 @@ def build_objectives(stage: Stage) -> tuple[Objective, ...]:
     return tuple(objectives.build(term) for term in stage.objectives)
 
 
+def check_knobs(stage: Stage) -> None:
+    """Checks that a stage gives a schedule to every knob that something in it reads, and to no other.
+
+    Raises:
+      UserError: a knob is not given or not read.
+    """
+    others = (*build_objectives(stage), *map(projections.build, stage.projections))
+    readers = {knob.name: knob for reader in others for knob in reader.knobs}
+    readers.update({knob.name: knob for knob in quantizers.declared_knobs(stage.quant)})
+    gates = {group.gradient_knob for group in stage.optim.groups if group.gradient_knob is not None}
+    needed, given = gates | {knob.name for knob in readers.values() if not knob.optional}, dict(stage.knobs)
+    accepted = f"read are {', '.join(sorted(gates | readers.keys())) or 'none'}"
+    for name in sorted(given.keys() - readers.keys() - gates):
+        raise UserError(f"stage {stage.name}: knob {name!r}: nothing in this stage reads it; {accepted}")
+    for name in sorted(needed - given.keys()):
+        meaning = f" ({readers[name].meaning})" if name in readers else ""
+        raise UserError(f"stage {stage.name}: knob {name!r}{meaning}: the stage gives it no schedule; {accepted}")
+
+
 def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
     """Builds the objects of a stage; the teacher's network too, not its variables.
 
@@ -141,6 +160,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
     Raises:
       UserError: something cannot be built.
     """
+    check_knobs(stage)
     network = build_network(stage, source.num_classes)
     shapes = start.variable_shapes(network, source.image_shape)
     timing = {"steps_per_epoch": steps_per_epoch(stage, len(source.train)), "epochs": stage.optim.epochs}

@@ -7,7 +7,7 @@ import jax
 
 from bnn_jax import data
 from bnn_jax.errors import UserError
-from bnn_jax.experiment.build import Experiment, build_network, build_objectives, described_network, of_seed
+from bnn_jax.experiment.build import Experiment, build_network, check_knobs, described_network, of_seed
 from bnn_jax.stages import Stage, parse_reference
 
 
@@ -21,7 +21,7 @@ def check(experiment: Experiment) -> None:
     built = set()
     for stage in experiment.stages:
         _check_files(stage)
-        build_objectives(stage)
+        check_knobs(stage)
         if stage.kind == "train":
             build_network(stage, data.describe(stage.data)[1], trained=True)
         # Tracing a large network takes seconds, and many stages may share one.

@@ -6,7 +6,7 @@ What is copied from where says ``Stage.inherit``; ``first_variables`` carries it
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -19,8 +19,9 @@ from bnn_jax.data.augment import prepare_eval
 from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.order import index_plan
 from bnn_jax.errors import CheckpointError
+from bnn_jax.networks.base import knobs_of
 from bnn_jax.objectives.base import Objective
-from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.quantizers.base import QuantContext, evaluation_context
 from bnn_jax.storage.weights import encoded_weights, put_base
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.loop import Setup
@@ -53,13 +54,14 @@ def first_variables(setup: Setup, inherited: Inherited | None) -> list[dict[str,
     """Variables of each seed before the first step: fresh, then copied, then made anew where the stage says so."""
     stage, seeds, found = setup.stage, setup.seeds, []
     init, recompute = init_program(setup.network), recompute_program(setup.network)
+    knobs = {name: schedule(jnp.int32(0)) for name, schedule in setup.parts.knobs.items()}
     for index, (order, initial) in enumerate(zip(seeds.orders, seeds.initials, strict=True)):
         images = _first_images(setup.source, order, batch_size=stage.optim.batch_size)
-        variables = init(jax.random.key(initial), images)
+        variables = init(jax.random.key(initial), images, knobs)
         if inherited is not None and stage.inherit is not None:
             variables = _inherit(setup, inherited.network, inherited.variables[index], fresh=variables)
             if stage.inherit.recompute:
-                variables = dict(recompute(without(variables, stage.inherit.recompute), images))
+                variables = recompute(without(variables, stage.inherit.recompute), images)
         found.append(variables)
     return found
 
@@ -90,15 +92,17 @@ def init_variables(network: Any, key: jax.Array, images: jax.Array) -> dict[str,
       key: random key.
       images: (N, H, W, C) normalised images; quantizers that start from data see these.
     """
-    return init_program(network)(key, images)
+    return init_program(network)(key, images, {})
 
 
-def init_program(network: Any) -> Callable[[jax.Array, jax.Array], dict[str, Any]]:
-    """Jitted function of (key, images) that makes fresh variables."""
+def init_program(network: Any) -> Callable[..., dict[str, Any]]:
+    """Jitted function of (key, images, values of the knobs by name) that makes fresh variables."""
 
-    def init(key: jax.Array, images: jax.Array) -> dict[str, Any]:
-        variables = network.init({"params": key, "quant": key}, images, QuantContext(train=True))
-        return {name: variables[name] for name in COLLECTIONS if name in variables}
+    def init(key: jax.Array, images: jax.Array, knobs: Mapping[str, jax.Array]) -> dict[str, Any]:
+        variables = network.init({"params": key, "quant": key}, images, QuantContext(train=True, knobs=knobs))
+        stored = {knob.name: jnp.float32(knobs.get(knob.name, knob.default)) for knob in knobs_of(network)}
+        variables = {**variables, **({"knobs": stored} if stored else {})}
+        return {name: variables[name] for name in (*COLLECTIONS, "knobs") if name in variables}
 
     return jax.jit(init)
 
@@ -108,8 +112,9 @@ def variable_shapes(network: Any, image_shape: tuple[int, int, int]) -> dict[str
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     shapes = jax.eval_shape(lambda x: network.init(keys, x, QuantContext(train=True)), images)
+    knobs = {knob.name: jax.ShapeDtypeStruct((), jnp.float32) for knob in knobs_of(network)}
     # A collection the network does not have is named too, as empty: restoring is then strict about it.
-    return {name: shapes.get(name, {}) for name in COLLECTIONS}
+    return {**{name: shapes.get(name, {}) for name in COLLECTIONS}, "knobs": knobs}
 
 
 def transfer(
@@ -156,13 +161,14 @@ def without(variables: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any
 
 
 def recompute_program(network: Any) -> Callable[[dict[str, Any], jax.Array], Any]:
-    """Jitted function of (variables, images): the variables with those that were missing.
+    """Function of (variables, images), compiled once: the variables with those that were missing.
 
     Linen creates only what is missing: one forward pass makes it from the other variables and the images.
     """
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     apply = functools.partial(network.apply, mutable=list(COLLECTIONS), rngs=keys)
-    return jax.jit(lambda variables, images: apply(variables, images, QuantContext())[1])
+    made = jax.jit(lambda variables, images: apply(variables, images, evaluation_context(variables))[1])
+    return lambda variables, images: {**variables, **made(variables, images)}
 
 
 def new_state(setup: Setup, variables: dict[str, Any], devices: Devices) -> TrainState:
@@ -204,7 +210,7 @@ def create_state(
     """The state before the first step, replicated on all devices; of several seeds, stacked.
 
     Args:
-      variables: params, batch_stats, quant_state; of several seeds, stacked.
+      variables: params, batch_stats, quant_state, knobs; of several seeds, stacked.
       optimizer: optax transformation.
       objectives: loss terms.
       num_classes: K.
@@ -221,6 +227,7 @@ def create_state(
             params=variables["params"],
             batch_stats=variables.get("batch_stats", {}),
             quant_state=variables.get("quant_state", {}),
+            knobs=variables.get("knobs", {}),
             opt_state=optimizer.init(variables["params"]),
             objective_state=states,
             metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms, with_top5=log_train_top5),

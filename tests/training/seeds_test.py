@@ -40,7 +40,7 @@ ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
 
 def variables(seed: int) -> dict[str, Any]:
     images = tiny.prepare_for_evaluation(jnp.asarray(DATA.train.images[:4]))
-    return init(PARTS.network)(jax.random.key(seed), images)
+    return init(PARTS.network)(jax.random.key(seed), images, {})
 
 
 init = functools.cache(start.init_program)
