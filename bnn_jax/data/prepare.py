@@ -37,7 +37,7 @@ RESIZED_VERSION = "1.0.0"
 IMAGES_PER_SHARD = 1024
 
 
-def target_folder(name: str, version: str, data_dir: pathlib.Path) -> pathlib.Path:
+def target_folder(name: str, version: Any, data_dir: pathlib.Path) -> pathlib.Path:
     """The folder to be made, ``<data_dir>/<name>/<version>``.
 
     Raises:
@@ -45,7 +45,7 @@ def target_folder(name: str, version: str, data_dir: pathlib.Path) -> pathlib.Pa
     """
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"--data_dir {data_dir} is a file: accepted is a folder")
-    target = data_dir / name / version
+    target = data_dir / name / str(version)
     if target.exists():
         raise DataError(f"{target} exists already: remove it to prepare {name} anew, or choose another --data_dir")
     return target
@@ -63,10 +63,7 @@ def writing(place: pathlib.Path) -> Iterator[None]:
 def prepare(
     name: str, source: pathlib.Path, data_dir: pathlib.Path, *, official_only: bool = False, progress: bool = False
 ) -> tuple[pathlib.Path, archives.Download]:
-    """Reads a download and writes its TFDS folder, by TFDS's own builder with another source of images.
-
-    The folder has the stock features, names, version and order. Until it is complete everything lies in a hidden folder
-    beside it, which is removed if anything fails.
+    """Reads a download and writes its TFDS folder.
 
     Args:
       name: 'cifar10', 'cifar100' or 'mnist'.
@@ -81,27 +78,40 @@ def prepare(
     Raises:
       DataError: the source is not usable, the folder is there already, or writing failed.
     """
-    import tensorflow_datasets
-
-    stock = tensorflow_datasets.builder_cls(name)
-    target = target_folder(name, str(stock.VERSION), data_dir)  # Before minutes are spent on reading.
+    target_folder(name, _stock_builder(name).VERSION, data_dir)  # Before minutes are spent on reading.
     download = archives.read(name, source, progress=progress)
     if official_only and download.unofficial:
         raise DataError(f"{download.unofficial} (refused because of --official_only)")
+    return write(name, download, data_dir, progress=progress), download
+
+
+def write(name: str, download: archives.Download, data_dir: pathlib.Path, *, progress: bool = False) -> pathlib.Path:
+    """Writes a download by TFDS's own builder: with the stock features, names, version and order of the images.
+
+    Until all is complete it lies in a hidden folder, which is removed if anything fails. Returns the new folder.
+    """
+    target = target_folder(name, _stock_builder(name).VERSION, data_dir)
     with writing(data_dir):
-        data_dir.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-being-prepared-", dir=data_dir))
         try:
-            _build(stock, name, download, temporary, progress)
-            target.parent.mkdir(exist_ok=True)
+            _build(name, download, temporary, progress)
             # Renaming replaces an empty folder only: nobody's data is lost if two programs prepare at once.
             os.rename(temporary / name / target.name, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return target, download
+            with contextlib.suppress(OSError):
+                target.parent.rmdir()  # It is empty after a failure.
+    return target
 
 
-def _build(stock: Any, name: str, download: archives.Download, place: pathlib.Path, progress: bool) -> None:
+def _stock_builder(name: str) -> Any:
+    import tensorflow_datasets
+
+    return tensorflow_datasets.builder_cls(name)
+
+
+def _build(name: str, download: archives.Download, place: pathlib.Path, progress: bool) -> None:
     """Runs the stock builder, with images from ``download``; its name decides the names of folder and files."""
     import tensorflow_datasets
 
@@ -114,6 +124,7 @@ def _build(stock: Any, name: str, download: archives.Download, place: pathlib.Pa
         splits = {"train": download.train, "test": download.test}
         return {key: _examples(key, split, has_id=has_id, progress=progress) for key, split in splits.items()}
 
+    stock = _stock_builder(name)
     # Without a code path TFDS looks for no table of download checksums, which would need importlib_resources.
     namespace = {"name": name, "_split_generators": split_generators, "code_path": None, "__module__": stock.__module__}
     builder = types.new_class(
@@ -132,8 +143,17 @@ def _examples(
     columns = {feature: labels.tolist() for feature, labels in split.labels.items()}
     images = tfds.track(split.images, f"Writing {key}", total=len(split.images), show=progress)
     for index, image in enumerate(images):
-        example = {"image": image, **{feature: labels[index] for feature, labels in columns.items()}}
+        example = {"image": encode_image(image), **{feature: labels[index] for feature, labels in columns.items()}}
         yield index, {"id": f"{key}_{index:05d}", **example} if has_id else example
+
+
+def encode_image(image: np.ndarray) -> bytes:
+    """PNG of a uint8 image (H, W, 3) or (H, W, 1); TFDS itself would ask TensorFlow."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def prepare_imagenet(
@@ -192,9 +212,7 @@ def prepare_imagenet(
 
 def official_classes() -> tuple[str, ...]:
     """The WordNet numbers of the 1,000 classes in the order of their labels ('n01440764' to 'n15075141')."""
-    import tensorflow_datasets
-
-    place = tensorflow_datasets.builder_cls("imagenet2012").pkg_dir_path
+    place = _stock_builder("imagenet2012").pkg_dir_path
     assert place is not None  # only a builder outside of TFDS has none
     return tuple((place / "labels.txt").read_text().split())
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from bnn_jax import data, hosts, methods, networks, objectives, schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.order import index_plan
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment import start
@@ -89,6 +89,10 @@ class Run:
     def checkpoints(self, stage: Stage) -> Path:
         """The folder of the stage's checkpoints."""
         return self.stage_folder(stage) / run_folder.CHECKPOINTS
+
+    def describe(self, stage: Stage) -> tuple[tuple[int, int, int], int]:
+        """Image shape (H, W, C) and number of classes of the stage's images, without reading any."""
+        return data.describe(stage.data, data_dir=self.config["data"]["data_dir"])
 
     def load_data(self, stage: Stage) -> ImageSource:
         """The stage's images, in memory."""
