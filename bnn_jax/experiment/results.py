@@ -11,7 +11,7 @@ from bnn_jax.experiment.build import (
     Assembly,
     Run,
 )
-from bnn_jax.report import complexity, levels
+from bnn_jax.report.costs import complexity, levels_in_use
 from bnn_jax.stages import Stage, fingerprint, parse_choice
 from bnn_jax.storage.weights import encoded_weights, save_weights
 from bnn_jax.training import metrics, seeds
@@ -52,8 +52,8 @@ def _result(run: Run, assembly: Assembly, each: list[dict[str, Any]]) -> dict[st
     last = records[-1]
     # What is left of a supernet when its winner is known has one branch.
     network = assembly.network.clone(branches=1) if is_winner(stage) else assembly.network
-    costs = complexity.complexity(network, source.image_shape)
-    in_use = [levels.levels_in_use(assembly.network, variables, source.image_shape) for variables in each]
+    costs = complexity(network, source.image_shape)
+    in_use = [levels_in_use(assembly.network, variables, source.image_shape) for variables in each]
     device = jax.devices()[0]
     return {
         "stage": stage.name,

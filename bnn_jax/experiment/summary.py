@@ -7,10 +7,10 @@ from bnn_jax.experiment.build import (
 )
 from bnn_jax.experiment.check import network_of
 from bnn_jax.experiment.results import is_winner
-from bnn_jax.report import complexity
+from bnn_jax.report.costs import Complexity, complexity
 
 
-def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity:
+def summary(run: Run, *, stage_name: str | None = None) -> Complexity:
     """Costs of a stage's network, layer by layer; None is the last stage.
 
     Raises:
@@ -25,4 +25,4 @@ def summary(run: Run, *, stage_name: str | None = None) -> complexity.Complexity
     others = [f"--stage={other.name}" for other in run.stages if other is not stage]
     if others:
         title += f"\n(other stages: {', '.join(others)})"
-    return dataclasses.replace(complexity.complexity(network, image_shape), title=title)
+    return dataclasses.replace(complexity(network, image_shape), title=title)

@@ -102,7 +102,7 @@ class CodebookWeight(WeightQuantizer):
         dtype = jnp.uint8 if len(patterns) <= 256 else jnp.uint16
         return EncodedKernels(indices=indices.T.astype(dtype), levels=patterns, scale=self.code_scale(latent))
 
-    # Costs: see bnn_jax.report.complexity.
+    # Costs: see bnn_jax.report.costs.
 
     @property
     def codebook_bits(self) -> int:

@@ -7,7 +7,7 @@ Definitions, the same for every network and method:
 - parameters: trainable numbers, those of quantizers (a codebook) included.
 - quantized bits: stored bits per weight times weights, over the quantized layers, rounded to a whole bit per layer; of
   weights that are look-ups, the indices only. A pruning mask does not reduce them: masked weights take a level like any
-  other (``levels.py`` counts them).
+  other (``levels_in_use`` counts them).
 - codebook bits: the layers' own tables that weights are looked up in, one bit for each entry of a binary pattern. A
   table with all patterns is not stored, the index is the pattern.
 - full-precision bits: 32 times every other stored float: kernels of the layers that are not quantized, biases,
@@ -30,24 +30,22 @@ Reference: the sizes and costs published with SNN (arXiv 2110.09195; release: yi
 and the bit operations; the formula of the sharing was inferred from them.
 """
 
-import collections
 import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from rich.table import Table
 
 from bnn_jax.layers.conv import QuantConv, QuantDense
-from bnn_jax.layers.norm import BatchNorm
-from bnn_jax.quantizers.base import ActQuantizer, QuantContext, WeightQuantizer
-from bnn_jax.report import tables
+from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
+from bnn_jax.storage.weights import encoded_weights
 
 FLOAT_BITS = 32
 
@@ -156,20 +154,27 @@ class Complexity:
         ]
         return {"layers": layers, "total": dataclasses.asdict(self.total)}
 
-    def table(self) -> Table:
-        """A row for each layer with weights, one for each kind of other module, and the total."""
-        return _table(self)
-
 
 @dataclasses.dataclass
-class _Call:
-    """What is noted when a module is called."""
+class _Noted:
+    """What is noted of a module: shapes and output positions of its calls, and how many numbers are stored for it."""
 
     module: Any
-    kind: str
-    kernel_shape: tuple[int, ...] | None
-    output_shape: tuple[int, ...]
-    positions: int
+    kernel_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] = ()
+    positions: int = 0
+    latent: int = 0
+    codebook: int = 0
+    other_parameters: int = 0
+    statistics: int = 0
+
+    @property
+    def kind(self) -> str:
+        """What the module is: whatever keeps running statistics is a BatchNorm, with branches or without."""
+        for known, name in ((QuantConv, "conv"), (QuantDense, "dense")):
+            if isinstance(self.module, known):
+                return name
+        return "batch_norm" if self.statistics else type(self.module).__name__
 
 
 def complexity(network: nn.Module, image_shape: tuple[int, int, int]) -> Complexity:
@@ -179,26 +184,26 @@ def complexity(network: nn.Module, image_shape: tuple[int, int, int]) -> Complex
       network: (images, QuantContext) -> NetworkOutput.
       image_shape: (H, W, C).
     """
-    calls: dict[str, _Call] = {}
+    noted: dict[str, _Noted] = {}
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with _noting_calls(calls):
+    with _noting_calls(noted):
         jaxpr, variables = jax.make_jaxpr(
             lambda key, images: network.init(key, images, QuantContext(train=False)), return_shape=True
         )(jax.random.key(0), images)
-    activation_bits = activation_bits_of_layers(jaxpr)
-    with_kernel = [path for path, call in calls.items() if call.kernel_shape is not None]
-    sizes = _sizes_by_owner(variables, calls)
+    _add_sizes(variables, noted)
+    bits = activation_bits_of_layers(jaxpr)
+    with_kernel = [path for path, module in noted.items() if module.kernel_shape is not None]
     return Complexity(
         layers=tuple(
-            _layer(path, call, sizes[path], activation_bits.get(path, float(FLOAT_BITS)), with_kernel)
-            for path, call in calls.items()
-            if path in sizes
+            _layer(path, module, bits.get(path, float(FLOAT_BITS)), with_kernel)
+            for path, module in noted.items()
+            if module.latent + module.other_parameters + module.statistics
         )
     )
 
 
 @contextlib.contextmanager
-def _noting_calls(calls: dict[str, _Call]) -> Iterator[None]:
+def _noting_calls(noted: dict[str, _Noted]) -> Iterator[None]:
     """Notes every module called inside, and marks quantized values and inputs of layers in the traced program."""
 
     def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -207,12 +212,12 @@ def _noting_calls(calls: dict[str, _Call]) -> Iterator[None]:
         module, path = context.module, "/".join(context.module.path)
         if not isinstance(module, (ActQuantizer, WeightQuantizer)):
             # Noted before the call, so that the order is that of the calls and not that of the returns.
-            calls.setdefault(path, _Call(module, _kind(module), None, (), 0))
+            noted.setdefault(path, _Noted(module))
         output = next_function(*args, **kwargs)
         if isinstance(module, ActQuantizer):
             return _marked(output, module)
-        if path in calls and isinstance(output, jax.Array):
-            _note(calls[path], args[0].shape, output.shape)
+        if path in noted and isinstance(output, jax.Array):
+            _note(noted[path], args[0].shape, output.shape)
         return output
 
     with nn.intercept_methods(interceptor):
@@ -228,22 +233,14 @@ def _marked(output: jax.Array, quantizer: ActQuantizer) -> jax.Array:
     return output
 
 
-def _kind(module: nn.Module) -> str:
-    for known, name in ((QuantConv, "conv"), (QuantDense, "dense"), (BatchNorm, "batch_norm")):
-        if isinstance(module, known):
-            return name
-    return type(module).__name__
-
-
-def _note(call: _Call, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> None:
+def _note(noted: _Noted, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> None:
     """Adds shapes and output positions of one call; a module called twice costs twice the MACs."""
-    call.output_shape = output_shape[1:]
-    if call.kind == "conv":
-        inputs = input_shape[-1] // call.module.groups
-        call.kernel_shape = (*call.module.kernel_size, inputs, call.module.features)
-    elif call.kind == "dense":
-        call.kernel_shape = (input_shape[-1], call.module.features)
-    call.positions += math.prod(call.output_shape[:-1])
+    module, noted.output_shape = noted.module, output_shape[1:]
+    if isinstance(module, QuantConv):
+        noted.kernel_shape = (*module.kernel_size, input_shape[-1] // module.groups, module.features)
+    elif isinstance(module, QuantDense):
+        noted.kernel_shape = (input_shape[-1], module.features)
+    noted.positions += math.prod(noted.output_shape[:-1])
 
 
 def activation_bits_of_layers(jaxpr: Any) -> dict[str, float]:
@@ -300,59 +297,47 @@ def _inner_jaxpr(equation: Any) -> Any:
     return None
 
 
-@dataclasses.dataclass
-class _Sizes:
-    """Numbers stored for one module: its latent kernel, its codebook, its other parameters, its running statistics."""
-
-    kernel: int = 0
-    codebook: int = 0
-    other_parameters: int = 0
-    statistics: int = 0
-
-
-def _sizes_by_owner(variables: Any, calls: Mapping[str, _Call]) -> dict[str, _Sizes]:
-    """Sizes by the innermost noted module a variable lies in; those of a layer's quantizers are the layer's own."""
-    owners: dict[str, _Sizes] = {}
+def _add_sizes(variables: Any, noted: Mapping[str, _Noted]) -> None:
+    """Counts every variable for the innermost noted module it lies in; a layer's quantizers are part of the layer."""
     for collection in ("params", "batch_stats"):
-        flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(variables.get(collection, {}))
+        flat: dict[str, Any] = flax.traverse_util.flatten_dict(variables.get(collection, {}), sep="/")
         for path, value in flat.items():
-            prefixes = ["/".join(path[:length]) for length in range(len(path) - 1, -1, -1)]
-            owner = next(prefix for prefix in prefixes if prefix in calls)
-            sizes = owners.setdefault(owner, _Sizes())
-            size = math.prod(value.shape)
+            owner = path
+            while owner not in noted:
+                owner = owner.rpartition("/")[0]
+            place, size = noted[owner], math.prod(value.shape)
             if collection == "batch_stats":
-                sizes.statistics += size
-            elif "/".join(path) == f"{owner}/kernel":
-                sizes.kernel += size
-            elif path[-1] == "codebook" and f"{owner}/weight_quantizer/" in "/".join(path):
-                sizes.codebook += size
+                place.statistics += size
+            elif path == f"{owner}/kernel":
+                place.latent += size
+            elif path.startswith(f"{owner}/weight_quantizer/") and path.endswith("/codebook"):
+                place.codebook += size
             else:
-                sizes.other_parameters += size
-    return owners
+                place.other_parameters += size
 
 
-def _layer(path: str, call: _Call, sizes: _Sizes, activation_bits: float, with_kernel: list[str]) -> LayerComplexity:
-    shape = call.kernel_shape or ()
+def _layer(path: str, noted: _Noted, activation_bits: float, with_kernel: list[str]) -> LayerComplexity:
+    shape = noted.kernel_shape or ()
     weights = math.prod(shape) if shape else 0
     # A copy outside the network, only to be asked; where there is no kernel, the quantizer that does nothing.
-    quantizer = call.module.weight_quantizer(parent=None) if shape else WeightQuantizer(parent=None)
+    quantizer = noted.module.weight_quantizer(parent=None) if shape else WeightQuantizer(parent=None)
     quantized = quantizer.stored_bits < FLOAT_BITS
-    floats = sizes.other_parameters + sizes.statistics + (quantizer.scale_count(shape) if quantized else sizes.kernel)
+    floats = noted.other_parameters + noted.statistics + (quantizer.scale_count(shape) if quantized else noted.latent)
     return LayerComplexity(
         path=path,
-        kind=call.kind,
-        kernel_shape=call.kernel_shape,
-        output_shape=call.output_shape,
-        parameters=sizes.kernel + sizes.codebook + sizes.other_parameters,
+        kind=noted.kind,
+        kernel_shape=noted.kernel_shape,
+        output_shape=noted.output_shape,
+        parameters=noted.latent + noted.codebook + noted.other_parameters,
         weights=weights,
         weight_bits=quantizer.stored_bits,
         operation_bits=quantizer.operation_bits,
         activation_bits=activation_bits,
         # Every output position takes one multiply-accumulate per weight.
-        macs=call.positions * weights,
-        shared_macs=call.positions * quantizer.multiply_accumulates(shape) if shape else 0.0,
+        macs=noted.positions * weights,
+        shared_macs=noted.positions * quantizer.multiply_accumulates(shape) if shape else 0.0,
         quantized=quantized,
-        full_precision_because="" if quantized else _reason(path, call.kind, with_kernel),
+        full_precision_because="" if quantized else _reason(path, noted.kind, with_kernel),
         quantized_bits=round(quantizer.stored_bits * weights) if quantized else 0,
         codebook_bits=quantizer.codebook_bits,
         full_precision_bits=FLOAT_BITS * floats,
@@ -374,60 +359,35 @@ def _reason(path: str, kind: str, with_kernel: list[str]) -> str:
     return "no quantizer"
 
 
-def _table(complexity: Complexity) -> Table:
-    table = tables.new_table(complexity.title, caption=_caption(complexity), gap=1)
-    table.add_column("layer", no_wrap=True)
-    for name in ("kernel", "output", "para-\nmeters", "stored\nbits", "W\nbit", "A\nbit", "MACs", "bit\nops"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why 32 bit", no_wrap=True)
-    others: dict[str, list[LayerComplexity]] = collections.defaultdict(list)
-    for layer in complexity.layers:
-        if layer.kernel_shape is None:
-            others[layer.kind].append(layer)
-            continue
-        table.add_row(
-            layer.path,
-            "x".join(map(str, layer.kernel_shape)),
-            "x".join(map(str, layer.output_shape[:-1] or layer.output_shape)),
-            tables.format_si(layer.parameters),
-            tables.format_si(layer.stored_bits),
-            tables.format_number(layer.weight_bits),
-            tables.format_number(layer.activation_bits),
-            tables.format_si(layer.macs),
-            tables.format_si(layer.bit_operations) if layer.quantized else tables.MISSING,
-            layer.full_precision_because,
-        )
-    for kind, layers in others.items():
-        sums = (sum(layer.parameters for layer in layers), sum(layer.stored_bits for layer in layers))
-        row = (*map(tables.format_si, sums), str(FLOAT_BITS), *(tables.MISSING,) * 3, layers[0].full_precision_because)
-        table.add_row(f"{len(layers)} x {kind}", "", "", *row)
-    total = complexity.total
-    sums = (*map(tables.format_si, (total.parameters, total.stored_bits)), "", "")
-    table.add_section()
-    table.add_row(
-        "total", "", "", *sums, tables.format_si(total.macs), tables.format_si(total.bit_operations), "", style="bold"
-    )
-    return table
+class LevelUse(NamedTuple):
+    """Levels of one layer that at least one weight takes.
+
+    Attributes:
+      levels: their number; where a level is a pattern of n weights, of patterns.
+      bits: ceil(log2(levels)), the bits of an index into them, per weight: divided by n for patterns.
+    """
+
+    levels: int
+    bits: float
 
 
-def _caption(complexity: Complexity) -> str:
-    total = complexity.total
-    parts = {
-        "quantized weights": total.quantized_bits,
-        "codebooks": total.codebook_bits,
-        "floats (BatchNorm statistics and scales included)": total.full_precision_bits,
-    }
+def levels_in_use(
+    network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> dict[str, LevelUse]:
+    """Number of levels that trained weights really take, and the bits of an index into them, by path of the layer.
 
-    def bits(value: int) -> str:
-        return tables.format_si(value, "bit", digits=4)
+    A nominal k-bit layer can need fewer bits (levels that no weight takes) or more (a pruning mask adds the level 0;
+    the 1-bit rule of the ASBQ release gives integer multiples of a scale).
 
-    sizes = " + ".join(f"{bits(value)} {name}" for name, value in parts.items() if value)
-    operations = "bits of a multiplied weight x A bit x MACs of the quantized layers"
-    if any(layer.quantized and layer.shared_macs != layer.macs for layer in complexity.layers):
-        operations += ", patterns that filters share counted once"
-    return (
-        f"parameters: {total.parameters:,}\n"
-        f"stored: {bits(total.stored_bits)} = {sizes}\n"
-        f"MACs: {tables.format_si(total.macs, digits=4)}\n"
-        f"bit ops: {tables.format_si(total.bit_operations, digits=4)} = {operations}"
-    )
+    Args:
+      network: (images, QuantContext) -> NetworkOutput.
+      variables: trained variables of the network (params, batch_stats, quant_state).
+      image_shape: (H, W, C) of the images it reads.
+    """
+    return {path: _use(weights) for path, weights in encoded_weights(network, variables, image_shape).items()}
+
+
+def _use(weights: Encoded) -> LevelUse:
+    levels = int(np.count_nonzero(np.bincount(np.ravel(weights.indices))))
+    bits, weights_per_index = (levels - 1).bit_length(), math.prod(weights.levels.shape[1:])
+    return LevelUse(levels=levels, bits=bits if weights_per_index == 1 else bits / weights_per_index)

@@ -1,18 +1,19 @@
 """Costs of the published networks by value, and the rules they are counted by."""
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bnn_jax import networks
 from bnn_jax.layers import BatchNorm, QuantConv, QuantDense
 from bnn_jax.quantizers import QuantContext, build_act, build_weight
-from bnn_jax.report.complexity import Complexity, complexity
-from bnn_jax.stages import QuantSpec, spec
+from bnn_jax.report.costs import Complexity, LevelUse, complexity, levels_in_use
+from bnn_jax.stages import IDENTITY, QuantSpec, Spec, spec
 
 CIFAR = (32, 32, 3)
 IMAGENET = (224, 224, 3)
@@ -271,3 +272,59 @@ def test_json_holds_the_layers_and_their_sums() -> None:
     }
     for name, value in content["total"].items():
         assert value == sum(layer[name] for layer in content["layers"])
+
+
+# ---- levels in use
+
+
+class TwoConvolutions(nn.Module):
+    """A real-valued and a quantized convolution."""
+
+    weight: Spec
+
+    @nn.compact
+    def __call__(self, x, ctx):
+        x = QuantConv(8, name="first")(x, ctx)
+        return QuantConv(16, weight_quantizer=build_weight(self.weight), name="conv")(x, ctx)
+
+
+def levels_of(weight: Spec, **kernels: Any) -> dict[str, LevelUse]:
+    """Levels in use with the initial weights, or with other ones in a layer."""
+    network = TwoConvolutions(weight)
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), QuantContext())
+    for layer, kernel in kernels.items():
+        variables["params"][layer]["kernel"] = jnp.asarray(kernel)
+    return levels_in_use(network, variables, (4, 4, 3))
+
+
+def test_a_level_no_weight_takes_is_not_in_use() -> None:
+    assert levels_of(spec("dorefa", bits=4)) == {"conv": LevelUse(levels=16, bits=4)}
+    # Weights of one magnitude lie on the two outermost levels only.
+    signs = np.sign(np.random.RandomState(0).normal(size=(3, 3, 8, 16)))
+    assert levels_of(spec("dorefa", bits=4), conv=signs) == {"conv": LevelUse(levels=2, bits=1)}
+
+
+@pytest.mark.parametrize(("apply_mask", "use"), [("before", LevelUse(2, 1)), ("after", LevelUse(3, 2))])
+def test_a_mask_behind_the_quantizer_adds_the_level_zero(apply_mask, use) -> None:
+    assert levels_of(spec("pruned", inner=spec("dorefa", bits=1), amount=0.25, apply_mask=apply_mask)) == {"conv": use}
+
+
+def test_patterns_are_counted_once_a_kernel() -> None:
+    # Kernels of one kind take one pattern; two kinds need one bit for nine weights.
+    kernel = np.ones((3, 3, 8, 16), np.float32)
+    kernel[..., :2] = -1
+    assert levels_of(spec("codebook", tau=4), conv=kernel) == {"conv": LevelUse(levels=2, bits=1 / 9)}
+
+
+def test_real_valued_layers_have_no_levels() -> None:
+    assert levels_of(IDENTITY) == {}
+
+
+# ---- BatchNorm with branches
+
+
+def test_batch_norm_with_branches_is_counted_as_batch_norm() -> None:
+    quant = QuantSpec(weight=spec("lsq", bits=2), act=spec("lsq", bits=2), searched=spec("branch_clip", bits=2))
+    norms = [x for x in of_network("basq_resnet8_cifar", quant=quant).layers if "norm" in x.path or "bn" in x.path]
+    assert norms
+    assert {(layer.kind, layer.full_precision_because) for layer in norms} == {("batch_norm", "batch norm")}
