@@ -100,7 +100,6 @@ def test_only_what_fits_streamed_images_is_accepted(prepared_once):
     message = r"^config\.data\.augment='pad_crop': accepted with imagenet2012 are random_resized_crop_flip, none$"
     _refused(prepared_once, message, augment="pad_crop")
     assert _build(prepared_once, augment="none", lighting="release").augment == "none"
-    _refused(prepared_once, r"^config\.data\.decoder='cv3': accepted are pillow, opencv$", decoder="cv3")
     _refused(prepared_once, r"config\.data\.image_size=0: accepted is 1 or more", options=(("image_size", 0),))
 
 

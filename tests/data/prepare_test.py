@@ -27,6 +27,12 @@ def _stored(name, split, data_dir):
     return [(record["image"].tobytes(), *(int(record[feature]) for feature in features)) for record in source]
 
 
+def _prepare(name, source, data_dir):
+    """The new folder."""
+    assert prepare.main([name, "--source", str(source), "--data_dir", str(data_dir)]) == 0
+    return next(path.parent for path in data_dir.glob(f"{name}/*/dataset_info.json"))
+
+
 def _expected(split):
     labels = [split.labels[feature].tolist() for feature in sorted(split.labels)]
     return [(image.tobytes(), *values) for image, *values in zip(split.images, *labels)]
@@ -74,7 +80,7 @@ def test_archives_and_images_of_the_same_content_give_the_same_stored_order(tmp_
     orders = []
     for kind in ("python archive", "binary archive"):
         _, source = _source("cifar10", kind, tmp_path)
-        prepare.prepare("cifar10", source, tmp_path / kind)
+        _prepare("cifar10", source, tmp_path / kind)
         orders.append(_stored("cifar10", "train", tmp_path / kind))
     assert orders[0] == orders[1]
     assert orders[0] != sorted(orders[0])
@@ -82,7 +88,7 @@ def test_archives_and_images_of_the_same_content_give_the_same_stored_order(tmp_
 
 def test_a_second_program_writes_the_same_images_in_the_same_order_and_says_little(tmp_path):
     _, source = _source("cifar100", "python archive", tmp_path)
-    first, _ = prepare.prepare("cifar100", source, tmp_path / "first")
+    first = _prepare("cifar100", source, tmp_path / "first")
     command = [sys.executable, "-m", "bnn_jax.data.prepare", "cifar100", "--source", source]
     result = subprocess.run([*command, "--data_dir", tmp_path / "second"], capture_output=True, text=True, check=True)
     assert f"in {tmp_path / 'second' / first.relative_to(tmp_path / 'first')};" in result.stdout
@@ -95,7 +101,8 @@ def test_a_second_program_writes_the_same_images_in_the_same_order_and_says_litt
 
 def test_an_existing_folder_is_left_alone(tmp_path, capsys):
     _, source = _source("mnist", "gz", tmp_path)
-    folder, _ = prepare.prepare("mnist", source, tmp_path)
+    folder = _prepare("mnist", source, tmp_path)
+    capsys.readouterr()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     message = _error(capsys, "mnist", "--source", source, "--data_dir", tmp_path)
     assert f"{folder} exists already: remove it" in message
@@ -103,14 +110,12 @@ def test_an_existing_folder_is_left_alone(tmp_path, capsys):
 
 
 def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
-    _, source = _source("mnist", "gz", tmp_path)
-
     def fail(*_):
         raise DataError("no")
 
     monkeypatch.setattr(prepare, "_build", fail)
     with pytest.raises(DataError, match="no"):
-        prepare.prepare("mnist", source, tmp_path / "sets")
+        prepare.write("mnist", makers.random_download("mnist"), tmp_path / "sets")
     assert list((tmp_path / "sets").iterdir()) == []
 
 
