@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import pathlib
-import re
 import tarfile
 import zlib
 from collections.abc import Iterable
@@ -221,24 +220,13 @@ def _parse_pickled_batch(content: bytes, counts: dict[str, int], where: str) -> 
 
 
 def _unpickle(content: bytes, where: str) -> dict[str, Any]:
-    allowed = restricted_pickle.numpy_globals()
-    # Not in the official files, but in copies whose labels were written as numpy integers.
-    allowed |= {(f"numpy.{core}.multiarray", "scalar"): _integer_scalar for core in ("core", "_core")}
     try:
-        # The official files were written by Python 2, whose strings are bytes.
-        batch = restricted_pickle.load(io.BytesIO(content), allowed=allowed, encoding="bytes")
+        batch = restricted_pickle.load_arrays(io.BytesIO(content))
     except UserError as error:
         raise DataError(f"{where}: {error}") from error
     if not isinstance(batch, dict):
         raise DataError(f"{where}: holds no dictionary")
     return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in batch.items()}
-
-
-def _integer_scalar(element: Any, content: bytes) -> int:
-    """Stands for numpy's function of a scalar: element type and little-endian bytes."""
-    if not re.fullmatch(r"[iu][1248]", element.code) or len(content) != int(element.code[1]):
-        raise ValueError("no integer")
-    return int.from_bytes(content, "little", signed=element.code[0] == "i")
 
 
 def _integers(values: Any, what: str) -> np.ndarray:
