@@ -59,29 +59,29 @@ def main(argv: Sequence[str]) -> int:
     from bnn_jax import command_line, hosts
     from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError
 
+    group = hosts.Group()
     try:
-        command_line.run(command_line.parse(argv))
+        command_line.run(command_line.parse(argv), group)
     except Interrupted as stopped:
-        return hosts.finish(128 + stopped.signal_number, str(stopped))
+        return group.finish(128 + stopped.signal_number, str(stopped))
     except UserError as error:
-        return hosts.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
+        return group.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
     except KeyboardInterrupt:
         message = "stopped; what was saved is kept, the same command goes on from there"
-        return hosts.fail(128 + signal.SIGINT, message, label="")
+        return group.fail(128 + signal.SIGINT, message, label="")
     except Exception as error:
-        if hosts.is_lost_contact(error):
-            hosts.lose_contact(error)
+        group.end_if_lost(error)
         if isinstance(error, OSError):
             # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
             from bnn_jax.experiment.folder import describe_os_error
 
             where = f"{error.filename}: " if error.filename else ""
-            return hosts.fail(2, f"{where}{describe_os_error(error)}")
-        if hosts.count() == 1:
+            return group.fail(2, f"{where}{describe_os_error(error)}")
+        if group.is_alone:
             raise
         traceback.print_exc()
-        return hosts.fail(1, f"{type(error).__name__}, see above")
-    return hosts.finish(0, None)
+        return group.fail(1, f"{type(error).__name__}, see above")
+    return group.finish(0, None)
 
 
 if __name__ == "__main__":

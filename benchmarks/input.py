@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bnn_jax import data
 from bnn_jax.data import crops, imagenet, resize_imagenet, tfds_source
 from bnn_jax.data.order import Purpose, random_bits
-from bnn_jax.data.streaming import BATCHES_AHEAD, StreamedSplit, available_cores
+from bnn_jax.data.stream import BATCHES_AHEAD, StreamedSplit, available_cores
 from bnn_jax.errors import UserError
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.stages import DataSpec

@@ -4,6 +4,7 @@ Results go to stdout, the log of the work to stderr. With ``--json`` the last li
 """
 
 import collections
+import functools
 import importlib.util
 import json
 import sys
@@ -179,11 +180,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run(values: Any) -> None:
+def run(values: Any, group: hosts.Group) -> None:
     """Does what the flags ask for, and prints the result.
 
     Args:
       values: what ``parse`` returned.
+      group: joins the other processes, if there are any.
 
     Raises:
       UserError: bad input.
@@ -193,13 +195,14 @@ def run(values: Any) -> None:
     peers = peers_of(values)
     if peers is not None:
         # Before anything looks for devices.
-        hosts.connect(peers)
+        group.connect(peers)
         _check_same_command(values, config)
     # Only now: importing jax takes seconds, and a mistake should show at once.
     from bnn_jax.experiment.build import Run
 
     job = Run(config, Path(values.workdir or Path("runs") / config["name"]))
-    modes = {"train": _train, "evaluate": _evaluate, "summary": _summary, "report": _report}
+    train = functools.partial(_train, group=group)
+    modes = {"train": train, "evaluate": _evaluate, "summary": _summary, "report": _report}
     result = modes[values.mode](job, values)
     if values.json and hosts.is_first():
         print(json.dumps(result), flush=True)
@@ -211,14 +214,14 @@ def _check_same_command(values: Any, config: dict[str, Any]) -> None:
     hosts.same_everywhere("command", {**options, "config": flatten(config)})
 
 
-def _train(job: Any, values: Any) -> dict[str, Any]:
+def _train(job: Any, values: Any, *, group: hosts.Group) -> dict[str, Any]:
     from bnn_jax.experiment.results import winners
     from bnn_jax.experiment.train import train
     from bnn_jax.report import tables
 
     if hosts.is_first():
         tables.show(tables.stages_table(job.stages), file=sys.stderr)
-    result = {"stages": train(job, from_stage=values.stage, fresh=values.fresh)}
+    result = {"stages": train(job, from_stage=values.stage, fresh=values.fresh, group=group)}
     if hosts.is_first():
         tables.show(tables.results_table(result["stages"]))
         _show_winners(winners(job), result)

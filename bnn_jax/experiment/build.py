@@ -12,9 +12,9 @@ import numpy as np
 
 from bnn_jax import data, hosts, methods, networks, objectives, schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.order import index_plan
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment import start

@@ -17,7 +17,7 @@ import numpy as np
 
 from bnn_jax import hosts
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Run, fold_path, folds_of, searched_split

@@ -35,13 +35,16 @@ from bnn_jax.training.progress import say
 from bnn_jax.training.state import TrainState
 
 
-def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> list[dict[str, Any]]:
+def train(
+    run: Run, *, from_stage: str | None = None, fresh: bool = False, group: hosts.Group | None = None
+) -> list[dict[str, Any]]:
     """Trains what is left of a run.
 
     Args:
       run: the run.
       from_stage: name of a stage to train again, with all after it; their old folders are moved aside.
       fresh: whether an existing run folder is moved aside first.
+      group: ends the process if it is asked to stop while it compiles, see ``StopRequest``.
 
     Returns:
       The results of all stages.
@@ -54,11 +57,12 @@ def train(run: Run, *, from_stage: str | None = None, fresh: bool = False) -> li
     if run.num_seeds > 1 and jax.default_backend() == "cpu":
         say(f"config.num_seeds={run.num_seeds}: this is for accelerators; a CPU trains one after another much faster")
     again = () if from_stage is None else run.stages[run.stages.index(run.find(from_stage)) :]
-    hosts.on_loss(lambda: _last_saved(run))
+    if group is not None:
+        group.goes_on_from = lambda: _last_saved(run)
     with contextlib.ExitStack() as held:
         hosts.from_first("folder", lambda: _prepare_folder(run, again, held, fresh=fresh))
         run_folder.check_shared(run.folder)
-        stop = held.enter_context(StopRequest())
+        stop = held.enter_context(StopRequest(group))
         return [_finished_result(run, stage) or _train_stage(run, stage, stop) for stage in run.stages]
 
 

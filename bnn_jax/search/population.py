@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax.data.base import Split
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.memory import Split
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch

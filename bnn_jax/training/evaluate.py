@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnn_jax.data.base import Split
+from bnn_jax.data.memory import Split
 from bnn_jax.data.order import sequential_plan
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch

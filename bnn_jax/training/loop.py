@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.schedules import Schedule
 from bnn_jax.stages import Stage

@@ -19,7 +19,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import data, networks
-from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.experiment import start
 from bnn_jax.experiment.build import Run, assemble
 from bnn_jax.experiment.config import validate

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bnn_jax.data.base import Split, fingerprint, limit
+from bnn_jax.data.memory import Split, fingerprint, limit
 from bnn_jax.errors import DataError
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bnn_jax.data.downloads import Download, DownloadedSplit
 from bnn_jax.data.downloads.base import CLASS_COUNTS, OFFICIAL_CLASSES
-from bnn_jax.data.tfds_source import TFDS_SETS
+from bnn_jax.data.tfds import TFDS_SETS
 
 TRAIN_PER_BATCH, TEST = 4, 6
 

@@ -9,7 +9,7 @@ import pytest
 
 from bnn_jax import data
 from bnn_jax.data import tfds_source, tfds_writer
-from bnn_jax.data.base import LoadRequest
+from bnn_jax.data.memory import LoadRequest
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
 from tests.data import makers

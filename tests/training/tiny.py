@@ -10,7 +10,7 @@ import numpy as np
 
 from bnn_jax import schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ImageSource, Split, fingerprint
+from bnn_jax.data.memory import ImageSource, Split, fingerprint
 from bnn_jax.experiment import start
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.layers.norm import BatchNorm

@@ -4,7 +4,7 @@ from PIL import Image
 
 from bnn_jax.data import prepare
 from bnn_jax.data.downloads import class_names, image_folder
-from bnn_jax.data.tfds_source import progress_bar
+from bnn_jax.data.tfds import progress_bar
 from bnn_jax.errors import DataError
 from tests.data import makers
 

@@ -1,7 +1,7 @@
 """Images that are read and decoded while training: too many to lie in memory.
 
-``StreamedSplit`` is to them what ``base.Split`` is to images in memory. Whoever trains passes the plan, the numbers of
-the images of each batch, and gets the batches in that order; grain reads ahead, by threads of this process or by
+``StreamedSplit`` is to them what ``memory.Split`` is to images in memory. Whoever trains passes the plan, the numbers
+of the images of each batch, and gets the batches in that order; grain reads ahead, by threads of this process or by
 processes of its own. What an image looks like depends on the seed, the epoch and the image's own number alone: it is
 the same whatever the number of threads, processes and hosts, and wherever in an epoch one begins.
 """
@@ -14,12 +14,12 @@ import os
 import signal
 import threading
 import typing
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 
-from bnn_jax.data import crops
+from bnn_jax.data.augment import NUM_DRAWS, evaluation_image, training_image
 from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.errors import DataError
 
@@ -49,8 +49,12 @@ class Records(typing.Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, numbers: list[int]) -> list[tuple[bytes | np.ndarray, int]]:
-        """Bytes of a file (or pixels uint8 (H, W, 3)) and label of each record.
+    def name_of(self, number: int) -> str:
+        """Name of a picture, for messages."""
+        ...
+
+    def read(self, numbers: Sequence[int]) -> list[tuple[bytes, int]]:
+        """The bytes of a picture's file and its label, for each number.
 
         Raises:
           DataError: a record is damaged.
@@ -160,31 +164,61 @@ class PieceReader:
             labels[position] = label
         return images, labels
 
-    def _image(self, content: bytes | np.ndarray, number: int) -> np.ndarray:
-        try:
+    def _image(self, content: bytes, number: int) -> np.ndarray:
+        with decoding(self.records.name_of(number)):
             if self.random_crops is None:
-                return crops.evaluation_image(content, self.image_size)
+                return evaluation_image(content, self.image_size)
             seed, epoch = self.random_crops
-            bits = random_bits(seed, epoch, purpose=Purpose.CROP, count=crops.NUM_DRAWS, item=number)
-            return crops.training_image(content, self.image_size, bits, decoder=self.decoder)
-        except DataError:
-            raise
-        except Exception as error:  # of the decoders, which raise OSError, SyntaxError, ValueError, cv2.error and more
-            raise corrupt_image(f"{self.records.name}, image {number}", error) from error
+            bits = random_bits(seed, epoch, purpose=Purpose.CROP, count=NUM_DRAWS, item=number)
+            return training_image(content, self.image_size, bits, decoder=self.decoder)
 
 
-def corrupt_image(what: str, error: Exception) -> DataError:
-    """The one line that says which image could not be decoded, and why."""
-    return DataError(f"{what}: the image is corrupt ({' '.join(str(error).split())[:120]})")
+@contextlib.contextmanager
+def decoding(what: str) -> Generator[None, None, None]:
+    """Turns what a decoder raises into the one line that says which picture could not be decoded, and why."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # of the decoders, which raise OSError, SyntaxError, ValueError, cv2.error and more
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{what}: the image is corrupt ({reason})") from error
 
 
 def _batches(reader: PieceReader, workers: int) -> Generator[Batch, None, None]:
-    if not reader.plan.size:
+    rows, per_row = len(reader.plan), reader.pieces_per_row
+    # Threads and processes read pieces rather than batches, so that the first batch is there after one batch's work
+    # and not after as many as there are threads, and so that all of them stop soon.
+    pieces = read_ahead(
+        reader, rows * per_row, ahead=BATCHES_AHEAD * per_row, workers=workers, what=reader.records.name
+    )
+    with contextlib.closing(pieces):
+        for _ in range(rows):
+            images, labels = zip(*(next(pieces) for _ in range(per_row)))
+            yield (images[0], labels[0]) if per_row == 1 else (np.concatenate(images), np.concatenate(labels))
+
+
+def read_ahead(
+    read: Callable[[int], Any], count: int, *, ahead: int, workers: int, what: str
+) -> Generator[Any, None, None]:
+    """``read(0)`` to ``read(count - 1)``, in this order, computed ahead of time. Closing it ends all reading.
+
+    Args:
+      read: called by threads; copies of it by processes.
+      count: number of calls.
+      ahead: number of results that are read before they are asked for, besides those being worked on.
+      workers: number of processes; 0 reads in threads of this process.
+      what: name of what is read, for messages.
+
+    Raises:
+      DataError: raised by ``read``, or a process was killed.
+    """
+    if not count:
         return
-    iterator = iter(_pipeline(reader, workers))
+    iterator = iter(_pipeline(read, count, ahead, workers))
     try:
-        # Asked for one batch more, or closed by ``yield from``, grain's iterator would wait for its processes to end.
-        for _ in range(len(reader.plan)):
+        # Asked for one more, or closed by ``yield from``, grain's iterator would wait for its processes to end.
+        for _ in range(count):
             yield next(iterator)
     except DataError as error:
         # Without the frames and notes of the threads and processes it came through.
@@ -193,38 +227,26 @@ def _batches(reader: PieceReader, workers: int) -> Generator[Batch, None, None]:
         if WORKER_ENDED not in str(error):
             raise
         raise DataError(
-            f"{reader.records.name}: a process that reads images was ended from outside; if memory was short, fewer "
-            "config.data.workers need less"
+            f"{what}: a process that reads images was ended from outside; if memory was short, fewer workers need "
+            "less (config.data.workers)"
         ) from error
     finally:
         _close(iterator)
 
 
-def _pipeline(reader: PieceReader, workers: int) -> Any:
-    """A grain dataset of batches.
-
-    Threads and processes read pieces rather than batches, so that the first batch is there after one batch's work and
-    not after as many as there are threads, and so that all of them stop soon.
-    """
+def _pipeline(read: Callable[[int], Any], count: int, ahead: int, workers: int) -> Any:
+    """A grain dataset of what is read."""
     import grain
 
     _parse_no_flags()
-    pieces = grain.MapDataset.range(len(reader.plan) * reader.pieces_per_row).map(reader)
-    ahead = BATCHES_AHEAD * reader.pieces_per_row
+    pieces = grain.MapDataset.range(count).map(read)
     if workers:
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-ahead // workers))
         # No further threads within a process.
         in_line = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        read = pieces.to_iter_dataset(in_line).mp_prefetch(processes, worker_init_fn=_start_worker)
-    else:
-        threads = min(available_cores(), ahead)
-        read = pieces.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead + threads))
-    return read.batch(reader.pieces_per_row, batch_fn=_join)
-
-
-def _join(pieces: Any) -> Batch:
-    images, labels = zip(*pieces)
-    return (images[0], labels[0]) if len(pieces) == 1 else (np.concatenate(images), np.concatenate(labels))
+        return pieces.to_iter_dataset(in_line).mp_prefetch(processes, worker_init_fn=_start_worker)
+    threads = min(available_cores(), ahead)
+    return pieces.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead + threads))
 
 
 def available_cores() -> int:
