@@ -20,7 +20,7 @@ from bnn_jax.storage.orbax_files import Damage
 
 FORMAT = 2
 # Items whose structure tells a network; the others are the optimiser's, the objectives' and the random generator's.
-VARIABLES = ("params", "batch_stats", "quant_state")
+VARIABLES = ("params", "batch_stats", "quant_state", "knobs")
 
 # Path of a leaf to its type and shape: 'params/fc/kernel' to 'float32 (64, 10)'.
 LeafTable = dict[str, str]
