@@ -42,6 +42,10 @@ class Experiment:
                 return stage
         raise UserError(f"--stage={name}: accepted are {', '.join(stage.name for stage in self.stages)}")
 
+    def describe(self, stage: Stage) -> tuple[tuple[int, int, int], int]:
+        """Image shape (H, W, C) and number of classes of the stage's images, without reading any."""
+        return data.describe(stage.data, data_dir=self.config["data"]["data_dir"])
+
     def stage_behind(self, reference: str, default: Stage) -> Stage:
         """The stage whose network a reference's variables belong to; those of a file belong to ``default``'s."""
         parsed = parse_reference(reference)
@@ -108,13 +112,13 @@ def build_network(stage: Stage, num_classes: int, *, trained: bool = False) -> A
         raise UserError(f"stage {stage.name}: {error}") from None
 
 
-def described_network(stage: Stage) -> tuple[Any, dict[str, Any]]:
+def described_network(experiment: Experiment, stage: Stage) -> tuple[Any, dict[str, Any]]:
     """The stage's network and the shapes of its variables, for the images that the stage describes.
 
     Raises:
       UserError: it cannot be built, or not for images of this size.
     """
-    image_shape, num_classes = data.describe(stage.data)
+    image_shape, num_classes = experiment.describe(stage)
     network = build_network(stage, num_classes)
     try:
         return network, start.variable_shapes(network, image_shape)

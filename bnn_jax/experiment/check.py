@@ -23,11 +23,11 @@ def check(experiment: Experiment) -> None:
         _check_files(stage)
         check_knobs(stage)
         if stage.kind == "train":
-            build_network(stage, data.describe(stage.data)[1], trained=True)
+            build_network(stage, experiment.describe(stage)[1], trained=True)
         # Tracing a large network takes seconds, and many stages may share one.
-        key = (stage.network, stage.quant, data.describe(stage.data), stage.compute_dtype)
+        key = (stage.network, stage.quant, experiment.describe(stage), stage.compute_dtype)
         if key not in built:
-            described_network(stage)
+            described_network(experiment, stage)
         built.add(key)
 
 

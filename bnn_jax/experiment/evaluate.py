@@ -53,7 +53,7 @@ def evaluate(
     if checkpoint is not None and checkpoint.is_file():
         experiment = of_seed(experiment, 0)
     # The variables are read before the images: a wrong checkpoint shows at once.
-    (network, shapes), seeds = described_network(stage), seeds_of(experiment, stage)
+    (network, shapes), seeds = described_network(experiment, stage), seeds_of(experiment, stage)
     if checkpoint is not None:
         variables, path = load_checkpoint(checkpoint, seeds.shapes(shapes)), checkpoint
     else:

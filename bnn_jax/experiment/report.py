@@ -79,14 +79,14 @@ def _draw_offered(experiment: Experiment, folder: RunFolder, trained: list[Stage
 
 def _finished_stage(experiment: Experiment, folder: RunFolder, stage: Stage) -> pictures.FinishedStage:
     """What pictures of a stage are drawn from, of several seeds the first; images are read where one asks for them."""
-    image_shape, num_classes = data.describe(stage.data)
+    image_shape, num_classes = experiment.describe(stage)
     config, seeds, terms = experiment.config, seeds_of(experiment, stage), build_objectives(stage)
     target = jax.eval_shape(lambda: start.objective_states(terms, num_classes))
     with CheckpointStore(folder.checkpoints(stage.name), read_only=True) as store:
         states = store.restore({"objective_state": seeds.shapes(target)})[0]["objective_state"]
 
     def saved() -> tuple[Any, dict[str, Any]]:
-        network, shapes = described_network(stage)
+        network, shapes = described_network(experiment, stage)
         variables = SavedVariables(experiment, folder).load(f"stage:{stage.name}", shapes, seeds)
         return network, seeds.unstack(variables)[0]
 

@@ -32,7 +32,7 @@ from bnn_jax.search.results import statistics
 from bnn_jax.stages import Stage
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
-from bnn_jax.training.progress import SearchProgress, say
+from bnn_jax.training.progress import Progress, say
 from bnn_jax.training.seeds import one_seed
 
 STATE = "state.json"
@@ -93,12 +93,12 @@ def search(
     started = time.monotonic()
     generations_done = sum(len(result["history"]) for result in done if result)
     total = folds.count * (settings.generations + 1)
-    with SearchProgress(stage.name, folds=folds.count, total=total, done=generations_done) as progress:
+    with Progress(stage.name, total=total, done=generations_done) as progress:
         for fold in range(folds.count):
             if done[fold] is None:
                 path = folder.fold(stage.name, fold)
                 under_way = _start(stage, settings, path.parent / STATE, fold, done[fold - 1] if fold else None)
-                progress.done += len(under_way.history)
+                progress.skip(len(under_way.history))
                 assert evaluate is not None  # made where a fold is left
                 done[fold] = _search_fold(under_way, folds, evaluate, path, progress, stop)
     result = _result([result for result in done if result])
@@ -151,7 +151,7 @@ def _evaluator(
 
 
 def _search_fold(
-    under_way: FoldSearch, folds: Folds, evaluate: Evaluate, path: Path, progress: SearchProgress, stop: StopRequest
+    under_way: FoldSearch, folds: Folds, evaluate: Evaluate, path: Path, progress: Progress, stop: StopRequest
 ) -> dict[str, Any]:
     fold, evolution = under_way.fold, under_way.evolution
     inside, outside = folds.images(fold), folds.others(fold)
@@ -176,7 +176,11 @@ def _search_fold(
         row = {"path": list(best), "fold_top1": 100 - error, "full_top1": known_outside[best]}
         under_way.history.append(row)
         _write(path.parent / STATE, under_way.state())
-        progress.generation_done(fold, evolution.generation, row)
+        status = (
+            f"fold {fold + 1}/{folds.count}  generation {evolution.generation}  best {row['fold_top1']:.2f} % "
+            f"(outside of the fold {row['full_top1']:.2f} %)"
+        )
+        progress.update(progress.done + 1, status, line=f"{status}  path {' '.join(map(str, best))}")
     result = under_way.result()
     _write(path, result)
     return result

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from bnn_jax import data
 from bnn_jax.experiment.build import Experiment, described_network
 from bnn_jax.report.costs import Complexity, complexity
 
@@ -14,10 +13,10 @@ def summary(experiment: Experiment, *, stage_name: str | None = None) -> Complex
       UserError: no such stage, or its network cannot be built.
     """
     stage = experiment.find(stage_name) if stage_name else experiment.stages[-1]
-    network, _ = described_network(stage)
+    network, _ = described_network(experiment, stage)
     if stage.trains_winner:
         network = network.clone(branches=1)
-    image_shape, _ = data.describe(stage.data)
+    image_shape, _ = experiment.describe(stage)
     title = f"Stage {stage.name}: {stage.network.name}, images of {'x'.join(map(str, image_shape))}"
     others = [f"--stage={other.name}" for other in experiment.stages if other is not stage]
     if others:

@@ -79,11 +79,6 @@ class Header:
     tables: dict[str, LeafTable]
     hashes: dict[str, str]
 
-    @property
-    def rank(self) -> tuple[float, int] | None:
-        """Larger is better; of equal scores the earlier step is the better one. None without metrics."""
-        return None if self.metrics is None else (self.metrics["selection_top1"], -self.step)
-
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, with their own hash."""
         content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
