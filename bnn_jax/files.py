@@ -16,9 +16,8 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[Any]:
       binary: whether bytes are written; text is UTF-8, with the ends of lines as given.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    options = {} if binary else {"encoding": "utf-8", "newline": ""}
     try:
-        with temporary.open("wb" if binary else "w", **options) as file:
+        with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
