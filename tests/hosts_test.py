@@ -1,22 +1,14 @@
 """Processes find each other, decide together, and end together whatever happens to one of them."""
 
 import signal
-import socket
 
 import pytest
 
 from bnn_jax import hosts
 from bnn_jax.errors import UserError
-from tests.integration.launching import Finished, start
+from tests.integration.launching import Finished, free_port, start
 
 SECONDS = {"heartbeat_seconds": 100, "connect_seconds": 300}
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run(*deeds: str, only: int | None = None, connect_seconds: int = 60) -> list[Finished]:
