@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bnn_jax.data import folder, memory, tfds
-from bnn_jax.data.augment import AUGMENTATIONS, DECODERS, LIGHTINGS
+from bnn_jax.data.augment import AUGMENTATIONS
 from bnn_jax.data.memory import ImageSource, Split, fingerprint
 from bnn_jax.data.order import Purpose, index_plan, sequential_plan, stratified_choice
 from bnn_jax.data.stream import StreamedSplit
@@ -49,19 +49,19 @@ class SourceEntry:
     streamed: bool = False
 
 
-def _tfds_entry(name: str) -> SourceEntry:
-    known = tfds.TFDS_SETS[name]
-    shape = known.image_shape, known.num_classes
-    if name.startswith("imagenet"):
-        return SourceEntry(tfds.load_streamed, shape, {"image_size": 224}, streamed=True)
-    return SourceEntry(tfds.load, shape)
-
-
 # What may happen to training images that are read while training, where they are cropped already.
 STREAMED_AUGMENTATIONS = ("random_resized_crop_flip", "none")
 
 SOURCES: dict[str, SourceEntry] = {
-    **{name: _tfds_entry(name) for name in tfds.TFDS_SETS},
+    **{
+        name: SourceEntry(
+            tfds.load,
+            (known.image_shape, known.num_classes),
+            {"image_size": known.image_shape[0]} if known.streamed else {},
+            streamed=known.streamed,
+        )
+        for name, known in tfds.TFDS_SETS.items()
+    },
     "folder": SourceEntry(folder.load, ((224, 224, 3), None), {"image_size": 224}, streamed=True),
     "digits": SourceEntry(memory.digits, options={"image_size": 16, "seed": 0}),
     "synthetic": SourceEntry(
@@ -80,8 +80,7 @@ def describe(spec: DataSpec, *, data_dir: str | None = None) -> tuple[tuple[int,
     Raises:
       DataError: an unknown name or option, or the folder of images is not there.
     """
-    entry = _entry(spec)
-    options = _merge_options(spec, entry.options)
+    entry, options = _entry(spec)
     (height, width, channels), num_classes = entry.shape
     side = options.get("image_size")
     if num_classes is None:
@@ -104,10 +103,16 @@ def class_names(spec: DataSpec, *, data_dir: str | None) -> tuple[str, ...]:
     return known or tuple(str(label) for label in range(num_classes))
 
 
-def _entry(spec: DataSpec) -> SourceEntry:
+def _entry(spec: DataSpec) -> tuple[SourceEntry, dict[str, Any]]:
+    """The row of the table and the options, the defaults for those that are not given."""
     if spec.name not in SOURCES:
-        raise DataError(f"data.name is {spec.name!r}: accepted are {', '.join(SOURCES)}")
-    return SOURCES[spec.name]
+        raise DataError(f"config.data.name={spec.name!r}: accepted are {', '.join(SOURCES)}")
+    entry = SOURCES[spec.name]
+    for key, value in spec.options:
+        if key not in entry.options:
+            accepted = ", ".join(entry.options) or "none"
+            raise DataError(f"config.data.{key}={value!r}: {spec.name} has no such option; accepted are {accepted}")
+    return entry, {**entry.options, **dict(spec.options)}
 
 
 def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool = False) -> ImageSource:
@@ -122,9 +127,8 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
     Raises:
       DataError: an unknown name or option, a number out of range, or images that are not prepared or are damaged.
     """
-    _check_values(spec)
-    entry = SOURCES[spec.name]
-    loaded = entry.load(spec, data_dir, progress=progress, **_merge_options(spec, entry.options))
+    entry, options = _entry(spec)
+    loaded = entry.load(spec, data_dir, progress=progress, **options)
     _check_augmentation(spec, loaded.train)
     train, validation = _hold_out(loaded.train, fraction=spec.validation_fraction, seed=seed)
     return dataclasses.replace(
@@ -140,21 +144,6 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
     )
 
 
-def _check_values(spec: DataSpec) -> None:
-    for key, value, accepted in (
-        ("name", spec.name, SOURCES),
-        ("augment", spec.augment, AUGMENTATIONS),
-        ("lighting", spec.lighting, LIGHTINGS),
-        ("decoder", spec.decoder, DECODERS),
-    ):
-        if value not in accepted:
-            raise DataError(f"config.data.{key}={value!r}: accepted are {', '.join(accepted)}")
-    if not 0 <= spec.validation_fraction < 1:
-        raise DataError(
-            f"config.data.validation_fraction={spec.validation_fraction}: accepted is 0 or more and less than 1"
-        )
-
-
 def _check_augmentation(spec: DataSpec, train: Split | StreamedSplit) -> None:
     """Raises a DataError if the images cannot be changed in the way that is asked for."""
     if isinstance(train, StreamedSplit):
@@ -167,18 +156,6 @@ def _check_augmentation(spec: DataSpec, train: Split | StreamedSplit) -> None:
         raise DataError(f"config.data.augment={spec.augment!r}: accepted with {spec.name} are {', '.join(accepted)}")
     if spec.lighting != "none" and train.image_shape[2] != 3:
         raise DataError(f"config.data.lighting={spec.lighting!r}: accepted with images of one channel is 'none'")
-
-
-def _merge_options(spec: DataSpec, defaults: Mapping[str, int]) -> dict[str, Any]:
-    options = dict(defaults)
-    for key, value in spec.options:
-        if key not in defaults:
-            accepted = ", ".join(defaults) or "none"
-            raise DataError(f"config.data.{key}={value!r}: {spec.name} has no such option; accepted are {accepted}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise DataError(f"config.data.{key}={value!r}: accepted is an integer of 0 or more")
-        options[key] = value
-    return options
 
 
 def _hold_out(

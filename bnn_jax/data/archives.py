@@ -4,7 +4,6 @@ Nothing is unpacked to disk. The Python archives are pickles and are read throug
 nothing that a file asks for.
 """
 
-import dataclasses
 import gzip
 import hashlib
 import io
@@ -12,7 +11,7 @@ import pathlib
 import tarfile
 import zlib
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,28 +72,13 @@ PIXELS = 3 * 32 * 32  # three planes of 32 rows
 
 # Of the archives, Python and binary, and of the unpacked files of the former; of MNIST's four files.
 MD5 = {
-    "cifar10": (
-        "c58f30108f718f92721af3b95e74349a",
-        "c32a1d4ab5d03f1284b67883e8d87530",
-        "c99cafc152244af753f735de768cd75f",
-        "d4bba439e000b95fd0a9bffe97cbabec",
-        "54ebc095f3ab1f0389bbae665268c751",
-        "634d18415352ddfa80567beed471001a",
-        "482c414d41f54cd18b22e5b47cb7c3cb",
-        "40351d587109b95175f43aff81a1287e",
-    ),
-    "cifar100": (
-        "eb9058c3a382ffc7106e4002c42a8d85",
-        "03b5dce01913d631647c71ecec9e9cb8",
-        "16019d7e3df5f24257cddd939b257f8d",
-        "f0ef6b0ae62326f3e7ffdfab6717acfc",
-    ),
-    "mnist": (
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3",
-        "ec29112dd5afa0611ce80d1b7f02629c",
-    ),
+    "cifar10": "c58f30108f718f92721af3b95e74349a c32a1d4ab5d03f1284b67883e8d87530 c99cafc152244af753f735de768cd75f "
+    "d4bba439e000b95fd0a9bffe97cbabec 54ebc095f3ab1f0389bbae665268c751 634d18415352ddfa80567beed471001a "
+    "482c414d41f54cd18b22e5b47cb7c3cb 40351d587109b95175f43aff81a1287e",
+    "cifar100": "eb9058c3a382ffc7106e4002c42a8d85 03b5dce01913d631647c71ecec9e9cb8 16019d7e3df5f24257cddd939b257f8d "
+    "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "mnist": "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 9fb629c4189551a2d022fa330f9573f3 "
+    "ec29112dd5afa0611ce80d1b7f02629c",
 }
 
 _FOLDER = "a folder with images in train/<class>/ and test/<class>/"
@@ -105,28 +89,15 @@ ACCEPTED = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DownloadedSplit:
-    """Images and labels in the order in which the files hold them.
-
-    Attributes:
-      images: uint8 (N, H, W, C).
-      labels: feature name ('label', 'coarse_label') to int64 (N,).
-    """
+class DownloadedSplit(NamedTuple):
+    """Images uint8 (N, H, W, C) in the order of the files; labels int64 (N,) by feature, 'label' or 'coarse_label'."""
 
     images: np.ndarray
     labels: dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Download:
-    """A data set as it was downloaded.
-
-    Attributes:
-      train: training images.
-      test: test images.
-      unofficial: why this may not be the official data; empty if all checksums agree.
-    """
+class Download(NamedTuple):
+    """A data set as it was downloaded; ``unofficial`` says why it may not be the official one, or is empty."""
 
     train: DownloadedSplit
     test: DownloadedSplit
@@ -191,12 +162,11 @@ def _read_cifar(name: str, source: pathlib.Path) -> Download:
         found = f"{', '.join(missing)} missing" if files else "none of its files found"
         raise DataError(f"{source} is no source of {name} ({found}): accepted is {ACCEPTED[name]}")
     parse = _parse_binary_batch if suffix else _parse_pickled_batch
-    features = tuple(CLASSES[name])
-    *train, test = (
-        _checked(name, *parse(files[part + suffix], features, f"{source}, {part}{suffix}"), f"{source}, {part}{suffix}")
-        for part in parts
-    )
-    labels = {feature: np.concatenate([batch.labels[feature] for batch in train]) for feature in features}
+    batches = {part: parse(files[part + suffix], tuple(CLASSES[name]), f"{source}, {part}{suffix}") for part in parts}
+    for part, batch in batches.items():
+        _check(name, batch, f"{source}, {part}{suffix}")
+    *train, test = batches.values()
+    labels = {feature: np.concatenate([batch.labels[feature] for batch in train]) for feature in test.labels}
     images = np.concatenate([batch.images for batch in train])
     return Download(DownloadedSplit(images, labels), test, _doubt(name, paths))
 
@@ -230,44 +200,34 @@ def _doubt(name: str, paths: Iterable[pathlib.Path]) -> str:
     return f"not the official files, their MD5 is another: {', '.join(different)}" if different else ""
 
 
-def _checked(name: str, images: np.ndarray, labels: dict[str, np.ndarray], where: str) -> DownloadedSplit:
-    """Images and labels, after counts and ranges were found right; ``where`` names the file in messages.
-
-    Raises:
-      DataError: no image, labels out of range, or not one label per image.
-    """
-    if len(images) == 0:
+def _check(name: str, split: DownloadedSplit, where: str) -> None:
+    """Raises a DataError if there is no image, a label out of range, or not one label for each image."""
+    if len(split.images) == 0:
         raise DataError(f"{where}: holds no image")
-    for feature, values in labels.items():
-        if len(values) != len(images):
-            raise DataError(f"{where}: {len(images)} images, but {len(values)} of '{feature}'")
+    for feature, values in split.labels.items():
+        if len(values) != len(split.images):
+            raise DataError(f"{where}: {len(split.images)} images, but {len(values)} of '{feature}'")
         count = len(CLASSES[name][feature])
-        if values.min() < 0 or values.max() >= count:
-            outside = values[(values < 0) | (values >= count)][0]
-            raise DataError(f"{where}: {feature} {outside} is not in 0 to {count - 1}")
-    return DownloadedSplit(images, labels)
+        outside = values[(values < 0) | (values >= count)]
+        if len(outside):
+            raise DataError(f"{where}: {feature} {outside[0]} is not in 0 to {count - 1}")
 
 
-def _parse_binary_batch(
-    content: bytes, features: tuple[str, ...], where: str
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _parse_binary_batch(content: bytes, features: tuple[str, ...], where: str) -> DownloadedSplit:
     """Records of one byte per label and 3072 bytes of pixels."""
     record = len(features) + PIXELS
     if not content or len(content) % record:
         raise DataError(f"{where}: {len(content)} bytes are no whole number of {record}-byte images; it is truncated")
     records = np.frombuffer(content, np.uint8).reshape(-1, record)
     labels = {feature: records[:, column].astype(np.int64) for column, feature in enumerate(features)}
-    return _planes_to_images(records[:, len(features) :]), labels
+    return DownloadedSplit(_planes_to_images(records[:, len(features) :]), labels)
 
 
-def _parse_pickled_batch(
-    content: bytes, features: tuple[str, ...], where: str
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _parse_pickled_batch(content: bytes, features: tuple[str, ...], where: str) -> DownloadedSplit:
     """A dictionary with 'data' uint8 (N, 3072) and lists of labels."""
     try:
         # The official files were written by Python 2, whose strings are bytes.
-        allowed = restricted_pickle.numpy_globals()
-        batch = restricted_pickle.load(io.BytesIO(content), allowed=allowed, encoding="bytes")
+        batch = restricted_pickle.load_arrays(io.BytesIO(content))
     except UserError as error:
         raise DataError(f"{where}: {error}") from error
     if not isinstance(batch, dict):
@@ -276,15 +236,14 @@ def _parse_pickled_batch(
     data = batch.get("data")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
         raise DataError(f"{where}: 'data' is no uint8 array (N, {PIXELS})")
-    keys = {"label": "labels" if len(features) == 1 else "fine_labels", "coarse_label": "coarse_labels"}
-    labels = {feature: _integers(batch.get(keys[feature]), f"{where}: '{keys[feature]}'") for feature in features}
-    return _planes_to_images(data), labels
-
-
-def _integers(values: Any, what: str) -> np.ndarray:
-    if not isinstance(values, list) or not all(type(value) is int and abs(value) < 2**31 for value in values):
-        raise DataError(f"{what} is no list of integers")
-    return np.array(values, np.int64)
+    labels = {}
+    for feature in features:
+        key = {"coarse_label": "coarse_labels", "label": "labels" if len(features) == 1 else "fine_labels"}[feature]
+        values = batch.get(key)
+        if not isinstance(values, list) or not all(type(value) is int and abs(value) < 2**31 for value in values):
+            raise DataError(f"{where}: '{key}' is no list of integers")
+        labels[feature] = np.array(values, np.int64)
+    return DownloadedSplit(_planes_to_images(data), labels)
 
 
 def _planes_to_images(planes: np.ndarray) -> np.ndarray:
@@ -296,30 +255,24 @@ def _read_mnist(source: pathlib.Path) -> Download:
     """A folder of the four files, compressed or not."""
     if not source.is_dir():
         raise DataError(f"--source {source} is a file: accepted is {ACCEPTED['mnist']}")
-    paths = {
-        (split, kind): _find_idx(source, split, kind) for split in ("train", "t10k") for kind in ("images", "labels")
-    }
-    splits = []
+    paths, splits = [], []
     for split in ("train", "t10k"):
-        images = _parse_idx(paths[split, "images"], dimensions=3)
-        labels = _parse_idx(paths[split, "labels"], dimensions=1).astype(np.int64)
+        paths += [_find_idx(source, f"{split}-images", "idx3"), _find_idx(source, f"{split}-labels", "idx1")]
+        images, labels = _parse_idx(paths[-2], dimensions=3), _parse_idx(paths[-1], dimensions=1)
         if images.shape[1:] != (28, 28):
-            raise DataError(f"{paths[split, 'images']}: images of {images.shape[1:]} pixels, expected (28, 28)")
-        splits.append(_checked("mnist", images[..., None], {"label": labels}, str(paths[split, "images"])))
-    return Download(splits[0], splits[1], _doubt("mnist", paths.values()))
+            raise DataError(f"{paths[-2]}: images of {images.shape[1:]} pixels, expected (28, 28)")
+        splits.append(DownloadedSplit(images[..., None], {"label": labels.astype(np.int64)}))
+        _check("mnist", splits[-1], str(paths[-2]))
+    return Download(splits[0], splits[1], _doubt("mnist", paths))
 
 
-def _find_idx(source: pathlib.Path, split: str, kind: str) -> pathlib.Path:
+def _find_idx(source: pathlib.Path, name: str, kind: str) -> pathlib.Path:
     """Path of an idx file: in the folder or the ones torchvision makes, compressed or not, '-idx' or '.idx'."""
-    dimensions = {"images": 3, "labels": 1}[kind]
     for folder in (source, source / "raw", source / "MNIST" / "raw"):
-        for separator in "-.":
-            for suffix in (".gz", ""):
-                path = folder / f"{split}-{kind}{separator}idx{dimensions}-ubyte{suffix}"
-                if path.is_file():
-                    return path
-    missing = f"{split}-{kind}-idx{dimensions}-ubyte.gz"
-    raise DataError(f"{source} is no source of mnist ({missing} missing): accepted is {ACCEPTED['mnist']}")
+        for path in (folder / f"{name}{dot}{kind}-ubyte{end}" for dot in "-." for end in (".gz", "")):
+            if path.is_file():
+                return path
+    raise DataError(f"{source} is no source of mnist ({name}-{kind}-ubyte.gz missing): accepted is {ACCEPTED['mnist']}")
 
 
 def _parse_idx(path: pathlib.Path, *, dimensions: int) -> np.ndarray:

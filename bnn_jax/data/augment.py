@@ -28,7 +28,6 @@ import numpy as np
 from bnn_jax.errors import DataError
 
 AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", "random_resized_crop_flip", "none")
-DECODERS = ("pillow", "opencv")
 LIGHTINGS = ("none", "release", "paper")
 
 # Stream of random numbers apart from the crops': a batch is cropped in the same way with and without other light.
@@ -91,12 +90,7 @@ def prepare_train(
         # An image's light is the same at all its pixels, so that it makes no difference to have flipped it before.
         draws = jax.random.normal(jax.random.fold_in(key, LIGHTING), (images.shape[0], 3))
         images = change_light(images, draws, in_pixel_units=lighting == "paper")
-    return normalize(images, mean=mean, std=std)
-
-
-def prepare_eval(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Normalises an evaluation batch, uint8 (N, H, W, C) -> float32 (N, H, W, C)."""
-    return normalize(images, mean=mean, std=std)
+    return prepare_eval(images, mean=mean, std=std)
 
 
 def draw_crops(key: jax.Array, num_images: int, *, pad: int, flip: bool) -> tuple[jax.Array, jax.Array]:
@@ -181,8 +175,8 @@ def change_light(images: jax.Array, draws: jax.Array, *, in_pixel_units: bool) -
     return jnp.clip(images.astype(jnp.int32) + jnp.floor(delta).astype(jnp.int32), 0, 255).astype(jnp.uint8)
 
 
-def normalize(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """``(pixels / 255 - mean) / std``, (N, H, W, C) of 0 to 255 -> float32 (N, H, W, C)."""
+def prepare_eval(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """Normalises a batch: ``(pixels / 255 - mean) / std``, (N, H, W, C) of 0 to 255 -> float32 (N, H, W, C)."""
     mean_of_channel, std_of_channel = (jnp.asarray(values, jnp.float32)[None, None, None] for values in (mean, std))
     return (images.astype(jnp.float32) / 255.0 - mean_of_channel) / std_of_channel
 

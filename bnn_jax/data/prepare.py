@@ -37,7 +37,7 @@ RESIZED_VERSION = "1.0.0"
 IMAGES_PER_SHARD = 1024
 
 
-def target_folder(name: str, version: str, data_dir: pathlib.Path) -> pathlib.Path:
+def target_folder(name: str, data_dir: pathlib.Path) -> pathlib.Path:
     """The folder to be made, ``<data_dir>/<name>/<version>``.
 
     Raises:
@@ -45,7 +45,7 @@ def target_folder(name: str, version: str, data_dir: pathlib.Path) -> pathlib.Pa
     """
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"--data_dir {data_dir} is a file: accepted is a folder")
-    target = data_dir / name / version
+    target = data_dir / name / (RESIZED_VERSION if name == tfds.RESIZED else str(_stock_builder(name).VERSION))
     if target.exists():
         raise DataError(f"{target} exists already: remove it to prepare {name} anew, or choose another --data_dir")
     return target
@@ -60,52 +60,46 @@ def writing(place: pathlib.Path) -> Iterator[None]:
         raise DataError(f"writing to {place} failed: {' '.join(str(error).split())}") from error
 
 
-def prepare(
-    name: str, source: pathlib.Path, data_dir: pathlib.Path, *, official_only: bool = False, progress: bool = False
-) -> tuple[pathlib.Path, archives.Download]:
-    """Reads a download and writes its TFDS folder, by TFDS's own builder with another source of images.
+def write(name: str, download: archives.Download, data_dir: pathlib.Path, *, progress: bool = False) -> pathlib.Path:
+    """Writes the TFDS folder of a download; returns it.
 
-    The folder has the stock features, names, version and order. Until it is complete everything lies in a hidden folder
-    beside it, which is removed if anything fails.
+    TFDS's own builder writes it, with another source of images: it has the stock features, names, version and order.
+    Until all is complete it lies in a hidden folder, which is removed if anything fails.
 
     Args:
       name: 'cifar10', 'cifar100' or 'mnist'.
-      source: see ``archives.read``.
+      download: the images.
       data_dir: folder of prepared data sets; made if it is not there.
-      official_only: whether a source whose checksum is not that of the official files is refused.
       progress: whether progress bars are shown on stderr.
 
-    Returns:
-      The new folder and what was read; its ``unofficial`` says why this may not be the official data.
-
     Raises:
-      DataError: the source is not usable, the folder is there already, or writing failed.
+      DataError: the folder is there already, or writing failed.
     """
-    import tensorflow_datasets
-
-    stock = tensorflow_datasets.builder_cls(name)
-    target = target_folder(name, str(stock.VERSION), data_dir)  # Before minutes are spent on reading.
-    download = archives.read(name, source, progress=progress)
-    if official_only and download.unofficial:
-        raise DataError(f"{download.unofficial} (refused because of --official_only)")
+    target = target_folder(name, data_dir)
     with writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-being-prepared-", dir=data_dir))
         try:
-            _build(stock, name, download, temporary, progress)
+            _build(name, download, temporary, progress)
             target.parent.mkdir(exist_ok=True)
             # Renaming replaces an empty folder only: nobody's data is lost if two programs prepare at once.
             os.rename(temporary / name / target.name, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return target, download
+    return target
 
 
-def _build(stock: Any, name: str, download: archives.Download, place: pathlib.Path, progress: bool) -> None:
+def _stock_builder(name: str) -> Any:
+    import tensorflow_datasets
+
+    return tensorflow_datasets.builder_cls(name)
+
+
+def _build(name: str, download: archives.Download, place: pathlib.Path, progress: bool) -> None:
     """Runs the stock builder, with images from ``download``; its name decides the names of folder and files."""
     import tensorflow_datasets
 
-    def split_generators(self: Any, download_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    def split_generators(self: Any, download_manager: Any) -> dict[str, Any]:
         del download_manager
         if name != "mnist":  # whose classes have no names in TFDS
             for feature, names in archives.CLASSES[name].items():
@@ -114,6 +108,7 @@ def _build(stock: Any, name: str, download: archives.Download, place: pathlib.Pa
         splits = {"train": download.train, "test": download.test}
         return {key: _examples(key, split, has_id=has_id, progress=progress) for key, split in splits.items()}
 
+    stock = _stock_builder(name)
     # Without a code path TFDS looks for no table of download checksums, which would need importlib_resources.
     namespace = {"name": name, "_split_generators": split_generators, "code_path": None, "__module__": stock.__module__}
     builder = types.new_class(
@@ -125,15 +120,22 @@ def _build(stock: Any, name: str, download: archives.Download, place: pathlib.Pa
         builder(data_dir=str(place)).download_and_prepare(file_format="array_record", download_config=config)
 
 
-def _examples(
-    key: str, split: archives.DownloadedSplit, *, has_id: bool, progress: bool
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _examples(key: str, split: archives.DownloadedSplit, *, has_id: bool, progress: bool) -> Iterator[tuple[int, Any]]:
     """Pairs of key and example as the stock builder makes them, so that TFDS stores the images in the stock order."""
     columns = {feature: labels.tolist() for feature, labels in split.labels.items()}
     images = tfds.track(split.images, f"Writing {key}", total=len(split.images), show=progress)
     for index, image in enumerate(images):
-        example = {"image": image, **{feature: labels[index] for feature, labels in columns.items()}}
+        example = {"image": encode_image(image), **{feature: labels[index] for feature, labels in columns.items()}}
         yield index, {"id": f"{key}_{index:05d}", **example} if has_id else example
+
+
+def encode_image(image: np.ndarray) -> bytes:
+    """PNG of a uint8 image (H, W, 3) or (H, W, 1); TFDS itself would ask TensorFlow."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def prepare_imagenet(
@@ -161,7 +163,7 @@ def prepare_imagenet(
 
     if side < 1:
         raise DataError(f"--side {side}: accepted is 1 or more")
-    target = target_folder(tfds.RESIZED, RESIZED_VERSION, data_dir)
+    target = target_folder(tfds.RESIZED, data_dir)
     classes = official_classes()
     splits = open_imagenet(source, classes)
     description = f"ImageNet, shorter side {side} pixels, resized by Pillow {PIL.__version__}"
@@ -192,9 +194,7 @@ def prepare_imagenet(
 
 def official_classes() -> tuple[str, ...]:
     """The WordNet numbers of the 1,000 classes in the order of their labels ('n01440764' to 'n15075141')."""
-    import tensorflow_datasets
-
-    place = tensorflow_datasets.builder_cls("imagenet2012").pkg_dir_path
+    place = _stock_builder("imagenet2012").pkg_dir_path
     assert place is not None  # only a builder outside of TFDS has none
     return tuple((place / "labels.txt").read_text().split())
 
@@ -339,9 +339,12 @@ def _main_imagenet(options: argparse.Namespace, source: pathlib.Path, data_dir: 
 def _main_resident(options: argparse.Namespace, source: pathlib.Path, data_dir: pathlib.Path) -> int:
     if (options.workers, options.side) != (None, DEFAULT_SIDE):
         raise DataError(f"--workers and --side: accepted with {IMAGENET} only")
-    target, download = prepare(
-        options.name, source, data_dir, official_only=options.official_only, progress=sys.stderr.isatty()
-    )
+    target_folder(options.name, data_dir)  # Before minutes are spent on reading.
+    progress = sys.stderr.isatty()
+    download = archives.read(options.name, source, progress=progress)
+    if options.official_only and download.unofficial:
+        raise DataError(f"{download.unofficial} (refused because of --official_only)")
+    target = write(options.name, download, data_dir, progress=progress)
     if download.unofficial:
         print(f"warning: {download.unofficial}", file=sys.stderr)
     counts = f"{len(download.train.images)} training and {len(download.test.images)} test images"

@@ -50,89 +50,53 @@ class TfdsSet:
     command: str
     test: str = "test"
 
+    @property
+    def streamed(self) -> bool:
+        """Whether it is too large to lie in memory."""
+        return self.test == "validation"
 
-_PREPARE = "python -m bnn_jax.data.prepare {name} --source {source} --data_dir {{folder}}"
+
 RESIZED = "imagenet2012_resized"
+_PREPARE = "python -m bnn_jax.data.prepare {} --source {} --data_dir {{folder}}".format
+_BUILD = "tfds build imagenet2012 --file_format=array_record --data_dir {folder}"
+_CIFAR10 = ((32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100 = ((32, 32, 3), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_IMAGENET = ((224, 224, 3), 1000, IMAGENET_MEAN, IMAGENET_STD)
 TFDS_SETS = {
-    "cifar10": TfdsSet(
-        image_shape=(32, 32, 3),
-        num_classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        command=_PREPARE.format(name="cifar10", source="cifar-10-python.tar.gz"),
-    ),
-    "cifar100": TfdsSet(
-        image_shape=(32, 32, 3),
-        num_classes=100,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        command=_PREPARE.format(name="cifar100", source="cifar-100-python.tar.gz"),
-    ),
-    "mnist": TfdsSet(
-        image_shape=(28, 28, 1),
-        num_classes=10,
-        mean=(0.1307,),
-        std=(0.3081,),
-        command=_PREPARE.format(name="mnist", source="FOLDER_OF_THE_FOUR_FILES"),
-    ),
-    "imagenet2012": TfdsSet(
-        image_shape=(224, 224, 3),
-        num_classes=1000,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        command="tfds build imagenet2012 --file_format=array_record --data_dir {folder}",
-        test="validation",
-    ),
-    RESIZED: TfdsSet(
-        image_shape=(224, 224, 3),
-        num_classes=1000,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        command=_PREPARE.format(name="imagenet", source="FOLDER"),
-        test="validation",
-    ),
+    "cifar10": TfdsSet(*_CIFAR10, _PREPARE("cifar10", "cifar-10-python.tar.gz")),
+    "cifar100": TfdsSet(*_CIFAR100, _PREPARE("cifar100", "cifar-100-python.tar.gz")),
+    "mnist": TfdsSet((28, 28, 1), 10, (0.1307,), (0.3081,), _PREPARE("mnist", "FOLDER_OF_THE_FOUR_FILES")),
+    "imagenet2012": TfdsSet(*_IMAGENET, _BUILD, "validation"),
+    RESIZED: TfdsSet(*_IMAGENET, _PREPARE("imagenet", "FOLDER"), "validation"),
 }
 
 
-def load(spec: DataSpec, data_dir: str | None, *, progress: bool) -> ImageSource:
-    """Reads and decodes a small data set; TFDS stores it shuffled, in an order that is fixed for ever.
+def load(spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: int | None = None) -> ImageSource:
+    """A prepared data set: CIFAR or MNIST, decoded at once, or ImageNet, read while training.
+
+    TFDS stores it shuffled, in an order that is fixed for ever. Of ImageNet, the official validation images, whose
+    labels are public, are the 'test' split. For 'imagenet2012_resized', an evaluated image has the pixels of the JPEG
+    path where the stored shorter side is ``256 / 224 * image_size``; a training crop is cut from the resized picture,
+    so that a small one holds less detail than the same part of the original.
 
     Args:
-      spec: 'cifar10', 'cifar100' or 'mnist', and how many images are asked for.
+      spec: name of the set, and how many images are asked for.
       data_dir: holds ``<name>/<version>/``; None is TFDS's own: $TFDS_DATA_DIR, then ~/tensorflow_datasets.
       progress: whether a progress bar is shown on stderr.
+      image_size: of ImageNet, side of the images in pixels.
 
     Raises:
       DataError: the set is not prepared, is damaged, or is not what its description says.
     """
-    expected = TFDS_SETS[spec.name]
-    splits = []
-    for split, key, asked in (("train", "num_train", spec.num_train), (expected.test, "num_eval", spec.num_eval)):
-        records = open_records(spec.name, split, data_dir, progress=progress)
-        count = limit(f"{spec.name} {split}", key, asked=asked, available=len(records))
-        splits.append(records.decoded(count))
-    return ImageSource(spec.name, expected.num_classes, splits[0], splits[1], expected.mean, expected.std)
-
-
-def load_streamed(spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: int) -> ImageSource:
-    """ImageNet, read while training. Its official validation images, whose labels are public, are the 'test' split.
-
-    For 'imagenet2012_resized', an evaluated image has the pixels of the JPEG path where the stored shorter side is
-    ``256 / 224 * image_size``. A training crop is cut from the resized picture: a small one holds less detail than the
-    same part of the original.
-
-    Args:
-      spec: 'imagenet2012' or 'imagenet2012_resized', and how many images are asked for.
-      data_dir: as for ``load``.
-      progress: whether a progress bar is shown on stderr where labels are read.
-      image_size: side of the images in pixels.
-
-    Raises:
-      DataError: ImageNet is not prepared there, is damaged, or the decoder is not installed.
-    """
-    expected = TFDS_SETS[spec.name]
-    train, test = (open_records(spec.name, split, data_dir, progress=progress) for split in ("train", expected.test))
-    return streamed_source(spec, train, test, num_classes=expected.num_classes, image_size=image_size)
+    known = TFDS_SETS[spec.name]
+    train, test = (open_records(spec.name, split, data_dir, progress=progress) for split in ("train", known.test))
+    if image_size is not None:
+        return streamed_source(spec, train, test, num_classes=known.num_classes, image_size=image_size)
+    num_train = limit(f"{spec.name} train", "num_train", asked=spec.num_train, available=len(train))
+    num_eval = limit(f"{spec.name} test", "num_eval", asked=spec.num_eval, available=len(test))
+    return ImageSource(
+        spec.name, known.num_classes, train.decoded(num_train), test.decoded(num_eval), known.mean, known.std
+    )
 
 
 def class_names(name: str, data_dir: str | None) -> tuple[str, ...] | None:
@@ -241,7 +205,7 @@ class TfdsRecords:
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder_from_directory(self.folder)
+            builder: Any = tfds.builder_from_directory(self.folder)
             return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError:
             command = self._expected.command.format(folder="OTHER_FOLDER")
@@ -306,7 +270,7 @@ class TfdsRecords:
         return Split(images, labels)
 
     def labels(self, numbers: np.ndarray) -> np.ndarray:
-        """See ``stream.Records``: from their own file, or from the records, where TFDS stores them beside images."""
+        """See ``stream.Records``: from a file beside the records, or from these, which hold image and label."""
         if self._labels is None:
             self._labels = self._stored_labels()
         missing = np.unique(numbers[self._labels[numbers] < 0])
@@ -340,18 +304,10 @@ def labels_file(split: str) -> str:
 
 
 def decode_image(content: bytes, shape: tuple[int, int, int], what: str) -> np.ndarray:
-    """Decodes an image of a known shape.
-
-    Args:
-      content: the file's bytes (WebP, PNG or JPEG).
-      shape: expected (H, W, C).
-      what: name of the image, for messages.
-
-    Returns:
-      uint8, of that shape.
+    """Decodes an image of a known shape (H, W, C) to uint8; ``what`` names it in messages.
 
     Raises:
-      DataError: the bytes are no image, are damaged, or hold an image of another shape.
+      DataError: the bytes are no WebP, PNG or JPEG, are damaged, or hold an image of another shape.
     """
     from PIL import Image
 

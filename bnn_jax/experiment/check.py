@@ -9,10 +9,7 @@ import jax
 from bnn_jax import data
 from bnn_jax.errors import UserError
 from bnn_jax.experiment import start
-from bnn_jax.experiment.build import (
-    Run,
-    build_objectives,
-)
+from bnn_jax.experiment.build import Run, check_knobs
 from bnn_jax.stages import Stage, parse_reference
 
 
@@ -27,11 +24,11 @@ def check(run: Run) -> None:
     built = set()
     for stage in run.stages:
         _check_files(stage)
-        build_objectives(stage)
+        check_knobs(stage)
         if stage.kind == "train":
-            run.network(stage, num_classes=data.describe(stage.data)[1], trained=True)
+            run.network(stage, num_classes=run.describe(stage)[1], trained=True)
         # Tracing a large network takes seconds, and many stages may share one.
-        key = (stage.network, stage.quant, data.describe(stage.data), stage.compute_dtype)
+        key = (stage.network, stage.quant, run.describe(stage), stage.compute_dtype)
         if key not in built:
             network_of(run, stage)
         built.add(key)
@@ -74,7 +71,7 @@ def network_of(run: Run, stage: Stage) -> tuple[Any, dict[str, Any]]:
     Raises:
       UserError: it cannot be built, or not for images of this size.
     """
-    image_shape, num_classes = data.describe(stage.data)
+    image_shape, num_classes = run.describe(stage)
     network = run.network(stage, num_classes=num_classes)
     try:
         return network, start.variable_shapes(network, image_shape)

@@ -84,7 +84,7 @@ def _draw_offered(run: Run, finished: list[Stage]) -> list[Path]:
 
 def _finished_stage(run: Run, stage: Stage) -> pictures.FinishedStage:
     """What pictures of a stage are drawn from, of several seeds the first; images are read where one asks for them."""
-    image_shape, num_classes = data.describe(stage.data)
+    image_shape, num_classes = run.describe(stage)
     terms = build_objectives(stage)
     target = jax.eval_shape(lambda: start.objective_states(terms, num_classes))
     with CheckpointStore(run.checkpoints(stage), read_only=True) as store:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from bnn_jax import data
 from bnn_jax.experiment.build import (
     Run,
 )
@@ -21,7 +20,7 @@ def summary(run: Run, *, stage_name: str | None = None) -> Complexity:
     network, _ = network_of(run, stage)
     if is_winner(stage):
         network = network.clone(branches=1)
-    image_shape, _ = data.describe(stage.data)
+    image_shape, _ = run.describe(stage)
     title = f"Stage {stage.name}: {stage.network.name}, images of {'x'.join(map(str, image_shape))}"
     others = [f"--stage={other.name}" for other in run.stages if other is not stage]
     if others:

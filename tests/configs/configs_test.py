@@ -121,7 +121,6 @@ def stand_in(stage: Stage) -> ImageSource:
     return ImageSource(
         name=stage.data.name,
         num_classes=num_classes,
-        image_shape=image_shape,
         train=images,
         test=images,
         validation=None,

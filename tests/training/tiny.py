@@ -61,7 +61,6 @@ def source(*, num_train: int = 20, num_test: int = 10, num_validation: int = 0) 
     return ImageSource(
         name="tiny",
         num_classes=CLASSES,
-        image_shape=(SIZE, SIZE, 3),
         train=train,
         test=test,
         validation=validation,

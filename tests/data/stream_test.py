@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bnn_jax import data
-from bnn_jax.data import crops, streaming
+from bnn_jax.data import augment, stream
 from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
@@ -35,6 +35,9 @@ class Pictures:
     def read(self, numbers):
         return [self.contents[number] for number in numbers]
 
+    def name_of(self, number):
+        return f"pictures, image {number}"
+
     def labels(self, numbers):
         return np.array([self.contents[number][1] for number in numbers], np.int32)
 
@@ -46,7 +49,7 @@ def contents():
 
 @pytest.fixture(scope="module")
 def split(contents):
-    return streaming.StreamedSplit(Pictures(contents), np.arange(COUNT), SIZE)
+    return stream.StreamedSplit(Pictures(contents), np.arange(COUNT), SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +77,11 @@ def test_batches_follow_the_plan(split, contents):
     for row, columns in enumerate(plan):
         for column, number in enumerate(columns):
             np.testing.assert_array_equal(
-                images[row, column], crops.evaluation_image(contents[number][0], SIZE), err_msg=f"{row}, {column}"
+                images[row, column], augment.evaluation_image(contents[number][0], SIZE), err_msg=f"{row}, {column}"
             )
 
 
-@pytest.mark.parametrize("width", [streaming.PIECE - 1, streaming.PIECE, 2 * streaming.PIECE + 1])
+@pytest.mark.parametrize("width", [stream.PIECE - 1, stream.PIECE, 2 * stream.PIECE + 1])
 def test_rows_of_any_width_are_whole(split, width):
     plan = _plan(2, width)
     images, labels = _all(split.batches(plan))
@@ -90,8 +93,8 @@ def test_a_random_crop_depends_on_seed_epoch_and_number_of_the_image_alone(split
     plan = np.array([[3, 7, 3]])
     (images,), _ = _all(split.batches(plan, random_crops=(5, 2)))
     np.testing.assert_array_equal(images[0], images[2])
-    bits = random_bits(5, 2, purpose=Purpose.CROP, count=crops.NUM_DRAWS, item=7)
-    np.testing.assert_array_equal(images[1], crops.training_image(contents[7][0], SIZE, bits, decoder="pillow"))
+    bits = random_bits(5, 2, purpose=Purpose.CROP, count=augment.NUM_DRAWS, item=7)
+    np.testing.assert_array_equal(images[1], augment.training_image(contents[7][0], SIZE, bits, decoder="pillow"))
     for other in ((5, 3), (6, 2)):
         (changed,), _ = _all(split.batches(plan, random_crops=other))
         assert (changed != images).any(axis=(1, 2, 3)).all()
@@ -125,7 +128,7 @@ def test_images_keep_their_number_when_some_are_taken(split):
 def test_the_number_of_threads_changes_nothing(split, monkeypatch, cores):
     plan = _plan(5, 20)
     expected = _all(split.batches(plan, random_crops=(0, 0)))
-    monkeypatch.setattr(streaming, "available_cores", lambda: cores)
+    monkeypatch.setattr(stream, "available_cores", lambda: cores)
     found = _all(split.batches(plan, random_crops=(0, 0)))
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
@@ -167,13 +170,13 @@ def test_only_what_is_soon_needed_is_read(split):
             read.extend(numbers)
             return super().read(numbers)
 
-    counted = streaming.StreamedSplit(Counted(split.records.contents), np.arange(COUNT), SIZE)
+    counted = stream.StreamedSplit(Counted(split.records.contents), np.arange(COUNT), SIZE)
     batches = counted.batches(_plan(200, 4))
     assert not read
     next(batches)
     batches.close()
     # One batch, two ahead, and one for each thread.
-    assert 4 <= len(read) <= 4 * (1 + 2 * streaming.BATCHES_AHEAD + streaming.available_cores())
+    assert 4 <= len(read) <= 4 * (1 + 2 * stream.BATCHES_AHEAD + stream.available_cores())
 
 
 @pytest.mark.slow
@@ -214,7 +217,7 @@ def test_a_damaged_image_is_named(contents, content, random_crops, decoder):
     if decoder == "opencv":
         pytest.importorskip("cv2", reason="OpenCV is not installed")
     pictures = Pictures([*contents[:5], (content, 0)])
-    damaged = streaming.StreamedSplit(pictures, np.arange(6), SIZE, decoder)
+    damaged = stream.StreamedSplit(pictures, np.arange(6), SIZE, decoder)
     with pytest.raises(DataError, match=r"^pictures, image 5: the image is corrupt \(") as raised:
         list(damaged.batches(np.array([[0, 5]]), random_crops=random_crops))
     assert "\n" not in str(raised.value)
@@ -222,7 +225,7 @@ def test_a_damaged_image_is_named(contents, content, random_crops, decoder):
 
 def test_a_truncated_image_is_damaged(contents):
     whole = contents[0][0]
-    damaged = streaming.StreamedSplit(Pictures([(whole[: len(whole) // 2], 0)]), np.arange(1), SIZE)
+    damaged = stream.StreamedSplit(Pictures([(whole[: len(whole) // 2], 0)]), np.arange(1), SIZE)
     for random_crops in (None, (0, 0)):
         with pytest.raises(DataError, match="pictures, image 0: the image is corrupt"):
             list(damaged.batches(np.array([[0]]), random_crops=random_crops))
@@ -230,7 +233,7 @@ def test_a_truncated_image_is_damaged(contents):
 
 def test_readers_are_handed_to_processes_without_labels(stored_split):
     stored_split.labels
-    reader = streaming.PieceReader(stored_split.records, _plan(2, 3), SIZE, "pillow", None)
+    reader = stream.PieceReader(stored_split.records, _plan(2, 3), SIZE, "pillow", None)
     copy = pickle.loads(pickle.dumps(reader))
     np.testing.assert_array_equal(copy(1)[0], reader(1)[0])
     assert len(pickle.dumps(stored_split.records)) < 1000
@@ -263,7 +266,7 @@ def test_a_process_outlives_sigterm_for_a_while(stored_split):
 
 @pytest.mark.slow
 def test_a_process_does_not_outlive_the_program_it_reads_for(stored_split):
-    folder = stored_split.records.reader.folder
+    folder = stored_split.records.folder.parent.parent
     program = subprocess.run(
         [sys.executable, "-c", KILLED_PROGRAM, str(folder)], capture_output=True, text=True, timeout=100
     )

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from bnn_jax import data
-from bnn_jax.data import tfds_source, tfds_writer
-from bnn_jax.data.memory import LoadRequest
+from bnn_jax.data import prepare, tfds
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
 from tests.data import makers
@@ -18,8 +17,11 @@ SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds_data"
 
 
 def _prepare(folder, name="mnist", download=None):
-    with tfds_source.progress_bar(False) as bar:
-        return tfds_writer.write(name, download or makers.random_download(name), folder, bar=bar)
+    return prepare.write(name, download or makers.random_download(name), folder)
+
+
+def _load(folder, name="mnist", *, progress=False, **counts):
+    return tfds.load(DataSpec(name, **counts), None if folder is None else str(folder), progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def _record_file(folder, split):
 
 def _refused(folder, message, **counts):
     with pytest.raises(DataError, match=message) as raised:
-        tfds_source.load("mnist", LoadRequest(data_dir=str(folder), **counts))
+        _load(folder, **counts)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -58,17 +60,17 @@ def test_the_source_has_the_usual_constants_and_the_stored_images(prepared_once)
 
 
 def test_a_part_is_the_first_of_the_whole(prepared_once):
-    whole = tfds_source.load("mnist", LoadRequest(data_dir=str(prepared_once)))
-    part = tfds_source.load("mnist", LoadRequest(num_train=7, num_eval=2, data_dir=str(prepared_once)))
+    whole = _load(prepared_once)
+    part = _load(prepared_once, num_train=7, num_eval=2)
     np.testing.assert_array_equal(part.train.images, whole.train.images[:7])
     np.testing.assert_array_equal(part.train.labels, whole.train.labels[:7])
     np.testing.assert_array_equal(part.test.labels, whole.test.labels[:2])
 
 
 def test_images_are_read_across_chunks(prepared_once, monkeypatch):
-    whole = tfds_source.load("mnist", LoadRequest(data_dir=str(prepared_once)))
-    monkeypatch.setattr(tfds_source, "CHUNK", 3)
-    chunked = tfds_source.load("mnist", LoadRequest(data_dir=str(prepared_once)))
+    whole = _load(prepared_once)
+    monkeypatch.setattr(tfds, "CHUNK", 3)
+    chunked = _load(prepared_once)
     np.testing.assert_array_equal(chunked.train.images, whole.train.images)
     np.testing.assert_array_equal(chunked.train.labels, whole.train.labels)
 
@@ -87,11 +89,11 @@ def test_a_set_that_is_not_prepared_says_where_it_was_looked_for_and_how_to_prep
 
 def test_the_default_folder_is_the_one_of_tfds(prepared_once, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared_once))
-    assert len(tfds_source.load("mnist", LoadRequest()).test) == 6
+    assert len(_load(None).test) == 6
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", "/nowhere")
     with pytest.raises(DataError, match="mnist is not prepared in /nowhere/tensorflow_datasets:"):
-        tfds_source.load("mnist", LoadRequest())
+        _load(None)
 
 
 def test_a_folder_below_the_right_one_is_recognised(prepared_once):
@@ -145,53 +147,43 @@ def test_records_that_only_tensorflow_reads_say_so(prepared):
     _refused(prepared, "mnist in .* is stored as TFRecord, which only TensorFlow reads: prepare it as array_record")
 
 
-def _prepare_unchecked(folder, monkeypatch, **changes):
-    monkeypatch.setattr(tfds_writer, "_check", lambda *_: None)
-    for name, value in changes.items():
-        monkeypatch.setattr(tfds_writer, name, value)
-    _prepare(folder)
-
-
 def test_a_corrupt_image_is_named_with_data_set_split_and_index(tmp_path, monkeypatch):
-    encode = tfds_writer.encode_image
+    encode = prepare.encode_image
     bad = makers.random_download("mnist").test.images[0]
-
-    def encode_most(image):
-        return encode(image)[:150] if (image == bad).all() else encode(image)
-
-    _prepare_unchecked(tmp_path, monkeypatch, encode_image=encode_most)
+    monkeypatch.setattr(prepare, "encode_image", lambda image: encode(image)[: 150 if (image == bad).all() else None])
+    _prepare(tmp_path)
     _refused(tmp_path, r"mnist test in .*, image \d: the image is corrupt")
 
 
 def test_an_image_of_another_shape_is_named(tmp_path, monkeypatch):
-    encode = tfds_writer.encode_image
-    _prepare_unchecked(tmp_path, monkeypatch, encode_image=lambda image: encode(image[1:]))
+    encode = prepare.encode_image
+    monkeypatch.setattr(prepare, "encode_image", lambda image: encode(image[1:]))
+    _prepare(tmp_path)
     _refused(tmp_path, r"mnist train in .*, image 0: shape \(27, 28, 1\), mode L; expected \(28, 28, 1\), L")
 
 
 def test_a_label_out_of_range_is_named(prepared_once, monkeypatch):
-    reader = tfds_source.SplitReader("mnist", "train", prepared_once)
-    records = reader.source.__getitems__(list(range(20)))
-    records[4]["label"] = 10
-    monkeypatch.setattr(type(reader.source), "__getitems__", lambda *_: records)
-    expected = pytest.raises(DataError, match=r"mnist train in .*, image 4: label 10 is not in 0 to 9")
-    with tfds_source.progress_bar(False) as bar, expected:
-        reader.read("num_train", None, bar)
+    records = tfds.open_records("mnist", "train", str(prepared_once))
+    stored = records._source.__getitems__(list(range(20)))
+    stored[4]["label"] = 10
+    monkeypatch.setattr(type(records._source), "__getitems__", lambda *_: stored)
+    with pytest.raises(DataError, match=r"mnist train in .*, image 4: label 10 is not in 0 to 9"):
+        records.read(range(20))
 
 
 def test_another_number_of_classes_is_damage(prepared_once, monkeypatch):
-    monkeypatch.setitem(tfds_source.TFDS_SETS, "mnist", tfds_source.TfdsSet((28, 28, 1), 9, (0.5,), (0.5,), "x"))
+    monkeypatch.setitem(tfds.TFDS_SETS, "mnist", tfds.TfdsSet((28, 28, 1), 9, (0.5,), (0.5,), "x"))
     _refused(prepared_once, r"\(10 classes in its description, 9 expected\)")
 
 
 def test_progress_goes_to_stderr_only_when_asked(prepared_once, capsys):
-    tfds_source.load("mnist", LoadRequest(data_dir=str(prepared_once)))
+    _load(prepared_once)
     assert capsys.readouterr() == ("", "")
-    tfds_source.load("mnist", LoadRequest(data_dir=str(prepared_once), progress=True))
+    _load(prepared_once, progress=True)
     output = capsys.readouterr()
     assert output.out == ""
     assert "Reading mnist train" in output.err
-    assert "20/20" in output.err
+    assert "100%" in output.err
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
@@ -204,7 +196,7 @@ def test_progress_goes_to_stderr_only_when_asked(prepared_once, capsys):
     ],
 )
 def test_the_real_sets_are_there_in_their_fixed_order(name, num_train, num_eval, first):
-    loaded = tfds_source.load(name, LoadRequest(num_train=1000, num_eval=10, data_dir=str(SHARED)))
+    loaded = _load(SHARED, name, num_train=1000, num_eval=10)
     assert loaded.train.labels[:10].tolist() == first
     pixels = loaded.train.images / 255
     # 1000 of the images the constants were computed from.
@@ -213,7 +205,7 @@ def test_the_real_sets_are_there_in_their_fixed_order(name, num_train, num_eval,
     for key, available in (("num_train", num_train), ("num_eval", num_eval)):
         counts = {"num_train": 1, "num_eval": 1, key: available + 1}
         with pytest.raises(DataError, match=f"has {available} images"):
-            tfds_source.load(name, LoadRequest(data_dir=str(SHARED), **counts))
+            _load(SHARED, name, **counts)
     assert "tensorflow" not in sys.modules
 
 

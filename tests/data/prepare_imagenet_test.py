@@ -1,17 +1,17 @@
-import hashlib
 import io
-import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets
 from PIL import Image
 
 from bnn_jax import data
-from bnn_jax.data import imagenet, prepare, resize_imagenet, resized, tfds_source
+from bnn_jax.data import prepare, tfds
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
 from tests.data import makers
@@ -28,7 +28,7 @@ def jpegs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wnids():
-    return imagenet.official_classes()
+    return prepare.official_classes()
 
 
 @pytest.fixture
@@ -44,17 +44,15 @@ def image_folder(tmp_path, wnids):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(resize_imagenet, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 4)
 
 
 def _write(source, data_dir, **options):
-    with tfds_source.progress_bar(False) as bar:
-        return resize_imagenet.prepare(source, data_dir, **{"side": SIDE, **options}, bar=bar)
+    return prepare.prepare_imagenet(source, data_dir, **{"side": SIDE, **options})
 
 
 def _source(data_dir, name="imagenet2012_resized", **fields):
-    options = (("image_size", SIZE), *((("side", SIDE),) if name.endswith("resized") else ()))
-    return data.build(DataSpec(name, augment="none", options=options, **fields), data_dir=str(data_dir))
+    return data.build(DataSpec(name, augment="none", options=(("image_size", SIZE),), **fields), data_dir=str(data_dir))
 
 
 def _images(split, **options):
@@ -70,8 +68,8 @@ def _refused(call, message):
 
 
 def test_evaluated_images_are_those_of_the_files(jpegs, tmp_path):
-    folder, counts = _write(jpegs, tmp_path)
-    assert folder == tmp_path / "imagenet2012_resized" / str(SIDE)
+    target, counts = _write(jpegs, tmp_path)
+    assert target == tmp_path / "imagenet2012_resized" / "1.0.0"
     assert counts == {"train": 11, "validation": 5}
     ours, theirs = _source(tmp_path), _source(jpegs, "imagenet2012")
     assert ours.streamed and data.SOURCES[ours.name].streamed and ours.image_shape == theirs.image_shape
@@ -94,8 +92,9 @@ def test_evaluated_images_of_the_sample_are_those_of_the_files(tmp_path):
 def test_stored_images_are_the_resized_ones(jpegs, tmp_path):
     _write(jpegs, tmp_path)
     records = _source(tmp_path).train.records
-    (content, _), *_ = imagenet.open_tfds("train", str(jpegs)).read([6])
-    ((pixels, _),) = records.read([6])
+    (content, _), *_ = tfds.open_records("imagenet2012", "train", str(jpegs)).read([6])
+    ((stored, _),) = records.read([6])
+    pixels = np.asarray(Image.open(io.BytesIO(stored)))
     picture = Image.open(io.BytesIO(content))
     short = min(picture.size)
     size = tuple(SIDE if side == short else int(SIDE * side / short) for side in picture.size)
@@ -116,82 +115,83 @@ def test_training_crops_are_drawn_as_from_the_files(jpegs, tmp_path, decoder):
     assert np.abs(ours - theirs).mean() < 12 < 24 < np.abs(ours - others).mean()
 
 
-def test_the_index_describes_what_was_written(jpegs, tmp_path):
-    folder, _ = _write(jpegs, tmp_path)
-    index = json.loads((folder / "index.json").read_text())
-    assert (index["format"], index["side"]) == (1, SIDE)
-    assert [shard["count"] for shard in index["splits"]["train"]["shards"]] == [4, 4, 3]
-    named = {"index.json", "train.labels.npy", "validation.labels.npy"}
-    for split in index["splits"].values():
-        for shard in split["shards"]:
-            content = (folder / shard["file"]).read_bytes()
-            assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["size"], shard["sha256"])
-            named.add(shard["file"])
-    assert {path.name for path in folder.iterdir()} == named
-    assert [path.name for path in folder.parent.iterdir()] == [str(SIDE)]
+def test_tfds_itself_reads_what_was_written(jpegs, tmp_path):
+    target, _ = _write(jpegs, tmp_path)
+    names = {path.name.split("-")[0] for path in target.iterdir()}
+    assert names == {"imagenet2012_resized", "dataset_info.json", "features.json", "label.labels.txt"} | {
+        f"{split}.labels.npy" for split in ("train", "validation")
+    }
+    assert sorted(path.name for path in target.parent.parent.iterdir()) == ["imagenet2012_resized"]
+    stock = tensorflow_datasets.builder_from_directory(target).as_data_source("train")
+    ours = _source(tmp_path).train
+    assert [int(example["label"]) for example in stock] == ours.labels.tolist()
+    ((content, _),) = ours.records.read([2])
+    np.testing.assert_array_equal(stock[2]["image"], np.asarray(Image.open(io.BytesIO(content))))
 
 
 def test_pictures_in_folders_get_the_official_labels_in_a_mixed_order(image_folder, jpegs, tmp_path):
     _write(image_folder, tmp_path / "folder")
     _write(jpegs, tmp_path / "tfds")
-    folder, tfds = _source(tmp_path / "folder"), _source(tmp_path / "tfds")
+    from_folder, from_tfds = _source(tmp_path / "folder"), _source(tmp_path / "tfds")
     for split in ("train", "test"):
-        ours, theirs = _images(getattr(folder, split)), _images(getattr(tfds, split))
+        ours, theirs = _images(getattr(from_folder, split)), _images(getattr(from_tfds, split))
         pairs = [sorted(zip(labels.tolist(), map(np.ndarray.tobytes, images))) for images, labels in (ours, theirs)]
         assert pairs[0] == pairs[1]
-    assert folder.train.labels.tolist() != sorted(folder.train.labels)
+    assert from_folder.train.labels.tolist() != sorted(from_folder.train.labels)
 
 
 @pytest.mark.slow
-def test_a_second_program_with_several_processes_writes_the_same_bytes(image_folder, tmp_path):
-    # Shards of the usual number of images: another program knows nothing of the smaller ones here.
+def test_a_program_with_several_processes_writes_the_same_images(image_folder, tmp_path):
     command = [sys.executable, "-m", "bnn_jax.data.prepare", "imagenet", "--source", image_folder, "--side", str(SIDE)]
-    for workers in ("1", "2"):
-        result = subprocess.run(
-            [*command, "--data_dir", tmp_path / workers, "--workers", workers],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert "imagenet: 11 training and 5 validation images in" in result.stdout
-        assert f"--config.data.name=imagenet2012_resized --config.data.data_dir={tmp_path / workers}" in result.stdout
-        assert result.stderr == ""
-    one, two = (
-        {path.name: path.read_bytes() for path in (tmp_path / workers / "imagenet2012_resized" / str(SIDE)).iterdir()}
-        for workers in ("1", "2")
+    result = subprocess.run(
+        [*command, "--data_dir", tmp_path / "two", "--workers", "2"], capture_output=True, text=True, check=True
     )
-    assert one == two and len(one) == 5
+    assert "imagenet: 11 training and 5 validation images in" in result.stdout
+    assert f"--config.data.name=imagenet2012_resized --config.data.data_dir={tmp_path / 'two'}" in result.stdout
+    assert result.stderr == ""
+    _write(image_folder, tmp_path / "one")
+    for split in ("train", "test"):
+        for one, two in zip(*(_images(getattr(_source(tmp_path / name), split)) for name in ("one", "two"))):
+            np.testing.assert_array_equal(one, two)
+
+
+def _stop_after(monkeypatch, shards):
+    """Lets only so many shards be written; returns the list of the names of those written from then on."""
+    write_shard, written = prepare._write_shard, []
+
+    def write(path, pictures):
+        if len(written) == shards:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_shard(path, pictures)
+
+    monkeypatch.setattr(prepare, "_write_shard", write)
+    return written
 
 
 def test_what_is_finished_is_not_done_again_after_an_interruption(image_folder, tmp_path, monkeypatch):
-    write_records, written = resize_imagenet._write_records, []
-
-    def write(records, task, path):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(task.path.name)
-        return write_records(records, task, path)
-
-    monkeypatch.setattr(resize_imagenet, "_write_records", write)
+    first = _stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         _write(image_folder, tmp_path)
-    _refused(lambda: _source(tmp_path), "imagenet2012_resized with a side of 27 is not prepared in")
-    first, written = written, []
-    monkeypatch.setattr(
-        resize_imagenet, "_write_records", lambda *given: [written.append(given[1].path.name), write_records(*given)][1]
-    )
-    folder, _ = _write(image_folder, tmp_path)
-    assert len(first) == 2 and len(written) == 3 and not set(first) & set(written)
-    assert [path.name for path in folder.parent.iterdir()] == [str(SIDE)]
-    assert len(_images(_source(tmp_path).train)[0]) == 11
+    _refused(lambda: _source(tmp_path), "imagenet2012_resized is not prepared in")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 4)
+    second = _stop_after(monkeypatch, 9)
+    _write(image_folder, tmp_path)
+    assert len(first) == 2 and len(second) == 3 and not set(first) & set(second)
+    _write(image_folder, tmp_path / "at once")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    for stopped, whole in zip(*(_images(_source(place).train) for place in (tmp_path, tmp_path / "at once"))):
+        np.testing.assert_array_equal(stopped, whole)
 
 
 def test_a_picture_that_changed_makes_everything_anew(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(resize_imagenet, "_write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    _stop_after(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
         _write(image_folder, tmp_path)
     monkeypatch.undo()
-    next((image_folder / "train").rglob("*.JPEG")).unlink()
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 4)
+    shutil.rmtree(next((image_folder / "train").iterdir()))
     _, counts = _write(image_folder, tmp_path)
     assert counts == {"train": 10, "validation": 5}
 
@@ -202,6 +202,7 @@ def test_a_corrupt_picture_is_named(image_folder, tmp_path):
     _refused(lambda: _write(image_folder, tmp_path), f"^{path}: the image is corrupt")
 
 
+@pytest.mark.slow
 def test_a_corrupt_picture_is_named_by_other_processes_too(image_folder, tmp_path):
     path = next((image_folder / "train").rglob("*.JPEG"))
     path.write_bytes(path.read_bytes()[:200])
@@ -212,24 +213,24 @@ def test_a_full_disk_is_one_line(image_folder, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr(resize_imagenet, "_write_records", fail)
+    monkeypatch.setattr(prepare, "_write_shard", fail)
     _refused(lambda: _write(image_folder, tmp_path), "^writing to .* failed: No space left on device")
 
 
-def _damage_source(folder, wnids, kind):
+def _damage_source(folder, kind):
     if kind == "class":
         (folder / "train" / "n99999999").mkdir()
-        return r"train/n99999999 is no class of ImageNet: accepted are folders n01440764 to n15075141"
+        return r"train/n99999999 is no folder of a class: accepted are n01440764 to n15075141"
     if kind == "file":
         (next((folder / "val").iterdir()) / "list.txt").write_text("")
-        return r"val/n\d+/list.txt is no image: accepted are \.jpeg, \.jpg, \.png"
-    (folder / "val").rename(folder / "test")
+        return r"val/n\d+/list.txt is no image: accepted are the formats of Pillow"
+    (folder / "val").rename(folder / "others")
     return "holds no ImageNet: accepted is a folder with imagenet2012/<version>/"
 
 
 @pytest.mark.parametrize("kind", ["class", "file", "no val"])
-def test_a_source_that_is_not_imagenet_is_refused(image_folder, tmp_path, wnids, kind):
-    message = _damage_source(image_folder, wnids, kind)
+def test_a_source_that_is_not_imagenet_is_refused(image_folder, tmp_path, kind):
+    message = _damage_source(image_folder, kind)
     _refused(lambda: _write(image_folder, tmp_path), message)
 
 
@@ -244,7 +245,7 @@ def test_mistakes_of_the_command_line_are_one_line(jpegs, tmp_path, capsys):
     assert "--workers 0: accepted is 1 or more" in error("--workers", "0")
     assert "--official_only: no checksum of ImageNet is known" in error("--official_only")
     _write(jpegs, tmp_path)
-    assert "exists already: remove it to prepare it anew" in error("--side", str(SIDE))
+    assert "exists already: remove it to prepare imagenet2012_resized anew" in error("--side", str(SIDE))
     assert prepare.main(["mnist", "--source", str(jpegs), "--data_dir", str(tmp_path), "--workers", "2"]) == 2
     assert "--workers and --side: accepted with imagenet only" in capsys.readouterr().err
 
@@ -254,65 +255,51 @@ def written(jpegs, tmp_path):
     return _write(jpegs, tmp_path)[0]
 
 
-def test_a_side_that_is_not_there_names_those_that_are(written, tmp_path):
-    spec = DataSpec("imagenet2012_resized", augment="none")
-    message = rf"a side of 256 is not prepared in .*; config\.data\.side has {SIDE} there: prepare it by `python -m"
-    _refused(lambda: data.build(spec, data_dir=str(tmp_path)), message)
-
-
 @pytest.mark.parametrize("change", ["truncate", "remove"])
 def test_a_missing_or_truncated_shard_is_damage(written, tmp_path, change):
-    path = sorted(written.glob("train.array_record*"))[1]
+    path = sorted(written.glob("*train.array_record*"))[1]
     if change == "remove":
         path.unlink()
     else:
-        os.truncate(path, path.stat().st_size - 1)
-    message = f"imagenet2012_resized train in .* is damaged: remove that folder .*{path.name} is missing or has another"
+        os.truncate(path, path.stat().st_size // 2)
+    message = (
+        "imagenet2012_resized train in .* is damaged: remove that folder and prepare it again by `python -m bnn_jax"
+    )
     _refused(lambda: _source(tmp_path), message)
 
 
-def test_a_damaged_index_is_damage(written, tmp_path):
-    path = written / "index.json"
-    content = path.read_text()
-    for change in (content[:50], content.replace('"format": 1', '"format": 2'), "[]", "{}"):
-        path.write_text(change)
-        _refused(lambda: _source(tmp_path), r"imagenet2012_resized in .* is damaged: .*index\.json: ")
-
-
 def test_damaged_labels_are_found(written, tmp_path):
-    np.save(written / "train.labels.npy", np.zeros(11, np.int32))
-    _refused(lambda: _source(tmp_path).train.labels, r"damaged.*train\.labels\.npy is not the one that was written")
-    (written / "train.labels.npy").unlink()
+    path = written / "train.labels.npy"
+    for labels in (np.zeros(10, np.int32), np.full(11, 1000)):
+        np.save(path, labels)
+        _refused(lambda: _source(tmp_path).train.labels, r"damaged.*train\.labels\.npy does not fit the records")
+    path.write_bytes(path.read_bytes()[:50])
     _refused(lambda: _source(tmp_path).train.labels, "damaged")
 
 
+def test_without_the_file_of_labels_they_are_read_from_the_records(written, tmp_path):
+    expected = _source(tmp_path).train.labels
+    (written / "train.labels.npy").unlink()
+    np.testing.assert_array_equal(_source(tmp_path).train.labels, expected)
+
+
+def test_labels_need_no_record(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.TfdsRecords, "read", None)
+    assert sorted(_source(tmp_path).train.labels) == sorted(label for _, label in TRAIN)
+
+
 def test_a_flipped_bit_in_a_record_is_found_when_it_is_read(written, tmp_path):
-    path = sorted(written.glob("train.array_record*"))[0]
+    path = sorted(written.glob("*train.array_record*"))[0]
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[content.index(b"P6\n") + 300] ^= 1
     path.write_bytes(content)
     split = _source(tmp_path).train
     _refused(lambda: list(split.batches(np.arange(4)[None])), "imagenet2012_resized train in .* is damaged")
 
 
-@pytest.mark.parametrize("record", [b"", b"1234", resized.encode(np.zeros((2, 3, 3), np.uint8), 1000)])
-def test_a_record_of_another_form_is_refused(record):
-    with pytest.raises(ValueError):
-        resized.decode(record)
-
-
-def test_labels_need_no_record(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(resized.ResizedRecords, "_source", None)
-    assert sorted(_source(tmp_path).train.labels) == sorted(label for _, label in TRAIN)
-
-
 def test_fingerprints_tell_files_from_pixels_and_sides(written, jpegs, tmp_path):
     _write(jpegs, tmp_path / "other", side=SIDE + 1)
-    spec = DataSpec("imagenet2012_resized", augment="none", options=(("image_size", SIZE), ("side", SIDE + 1)))
-    found = {
-        _source(tmp_path).fingerprint,
-        _source(jpegs, "imagenet2012").fingerprint,
-        data.build(spec, data_dir=str(tmp_path / "other")).fingerprint,
-    }
-    assert len(found) == 3
-    assert _source(tmp_path).fingerprint in found
+    places = ((tmp_path, "imagenet2012_resized"), (tmp_path / "other", "imagenet2012_resized"), (jpegs, "imagenet2012"))
+    found = [_source(*place).fingerprint for place in places]
+    assert len(set(found)) == 3
+    assert _source(tmp_path).fingerprint == found[0]
