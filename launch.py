@@ -1,5 +1,6 @@
 """Command line of bnn_jax: train, evaluate, summarise and report the run a config describes."""
 
+import os
 import signal
 import sys
 import traceback
@@ -49,7 +50,11 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("--help-config", "--help_config") for argument in argv[1:]):
         from bnn_jax.experiment.config import describe_keys
 
-        print(describe_keys())
+        try:
+            print(describe_keys(), flush=True)
+        except BrokenPipeError:
+            # Its reader, such as ``head``, has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     from bnn_jax import command_line, hosts
     from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError

@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 LAYERS = {
     "errors": 0,
     "stages": 0,
+    "knobs": 0,
     "keys": 1,
     "hosts": 1,
     "restricted_pickle": 1,
@@ -39,17 +40,19 @@ LAYERS = {
 ONLY = {
     "errors": set(),
     "stages": set(),
+    "knobs": set(),
     "keys": {"errors"},
     "hosts": {"errors"},
     "schedules": {"stages"},
     "ops": set(),
-    "methods": {"stages", "errors", "keys"},
+    "methods": {"stages", "errors", "keys", "knobs"},
     "data": {"stages", "errors", "restricted_pickle"},
 }
 # What it may import from elsewhere besides the standard library, where that is restricted.
 OUTSIDE = {
     "errors": set(),
     "stages": set(),
+    "knobs": set(),
     "keys": set(),
     "hosts": {"jax", "numpy"},
     "restricted_pickle": {"numpy"},

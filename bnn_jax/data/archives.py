@@ -227,8 +227,7 @@ def _parse_pickled_batch(content: bytes, features: tuple[str, ...], where: str) 
     """A dictionary with 'data' uint8 (N, 3072) and lists of labels."""
     try:
         # The official files were written by Python 2, whose strings are bytes.
-        allowed = restricted_pickle.numpy_globals()
-        batch = restricted_pickle.load(io.BytesIO(content), allowed=allowed, encoding="bytes")
+        batch = restricted_pickle.load_arrays(io.BytesIO(content))
     except UserError as error:
         raise DataError(f"{where}: {error}") from error
     if not isinstance(batch, dict):

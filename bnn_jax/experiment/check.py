@@ -9,10 +9,7 @@ import jax
 from bnn_jax import data
 from bnn_jax.errors import UserError
 from bnn_jax.experiment import start
-from bnn_jax.experiment.build import (
-    Run,
-    build_objectives,
-)
+from bnn_jax.experiment.build import Run, check_knobs
 from bnn_jax.stages import Stage, parse_reference
 
 
@@ -27,7 +24,7 @@ def check(run: Run) -> None:
     built = set()
     for stage in run.stages:
         _check_files(stage)
-        build_objectives(stage)
+        check_knobs(stage)
         if stage.kind == "train":
             run.network(stage, num_classes=run.describe(stage)[1], trained=True)
         # Tracing a large network takes seconds, and many stages may share one.

@@ -28,7 +28,7 @@ from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
-from bnn_jax.training.progress import SearchProgress, say
+from bnn_jax.training.progress import Progress, say
 
 STATE = "state.json"
 # Of the archive that a fold's result keeps.
@@ -89,11 +89,11 @@ def search(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
     started = time.monotonic()
     generations_done = sum(len(result["history"]) for result in done if result)
     total = folds.count * (settings.generations + 1)
-    with SearchProgress(stage.name, folds=folds.count, total=total, done=generations_done) as progress:
+    with Progress(stage.name, total=total, done=generations_done) as progress:
         for fold in range(folds.count):
             if done[fold] is None:
                 under_way = _start(stage, settings, folder, fold, done[fold - 1] if fold else None)
-                progress.done += len(under_way.history)
+                progress.skip(len(under_way.history))
                 assert evaluate is not None  # made where a fold is left
                 done[fold] = _search_fold(under_way, folds, evaluate, folder, progress, stop)
     return _result(run, stage, source, [result for result in done if result], time.monotonic() - started)
@@ -143,7 +143,7 @@ def _evaluator(run: Run, stage: Stage, source: ImageSource, stop: StopRequest) -
 
 
 def _search_fold(
-    under_way: FoldSearch, folds: Folds, evaluate: Evaluate, folder: Path, progress: SearchProgress, stop: StopRequest
+    under_way: FoldSearch, folds: Folds, evaluate: Evaluate, folder: Path, progress: Progress, stop: StopRequest
 ) -> dict[str, Any]:
     fold, evolution = under_way.fold, under_way.evolution
     inside, outside = folds.images(fold), folds.others(fold)
@@ -168,7 +168,11 @@ def _search_fold(
         row = {"path": list(best), "fold_top1": 100 - error, "full_top1": known_outside[best]}
         under_way.history.append(row)
         _write(folder / STATE, under_way.state())
-        progress.generation_done(fold, evolution.generation, row)
+        status = (
+            f"fold {fold + 1}/{folds.count}  generation {evolution.generation}  best {row['fold_top1']:.2f} % "
+            f"(outside of the fold {row['full_top1']:.2f} %)"
+        )
+        progress.update(progress.done + 1, status, line=f"{status}  path {' '.join(map(str, best))}")
     result = under_way.result()
     _write(folder / fold_path(fold), result)
     return result

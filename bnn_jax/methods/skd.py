@@ -15,6 +15,7 @@ from typing import Any
 
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Section
+from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T
 from bnn_jax.methods.common import data_spec
 from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
@@ -106,7 +107,7 @@ def _stage(config: Mapping[str, Any], switches: Mapping[str, Any], names: list[s
         data=data_spec(config),
         objectives=objectives(config, switches),
         optim=optim_spec(config, index),
-        knobs=(("error_decay_k", spec("error_decay_k")), ("error_decay_t", spec("error_decay_t"))),
+        knobs=() if _is_mlp(config) else tuple((knob.name, spec(knob.name)) for knob in (ERROR_DECAY_K, ERROR_DECAY_T)),
         # The second stage takes everything a state dict holds: weights and running statistics, not the optimiser.
         init_from=None if index == 0 else f"stage:{names[index - 1]}@last",
         transfer=("params", "batch_stats"),

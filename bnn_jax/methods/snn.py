@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, POSITIVE, Key, Section, between
+from bnn_jax.knobs import REFINE_CODEBOOK
 from bnn_jax.methods.common import data_spec, teacher_keys, teacher_stage
 from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
 
@@ -56,7 +57,6 @@ KEYS: Section = {
 TEACHER, FIRST, SECOND = "teacher", "binary_activations", "sub_bit"
 
 # Knob of bnn_jax.quantizers.codebook.
-REFINE_KNOB = "refine_codebook"
 # On the steps between two gradients of a codebook, Adam takes it for one of 0 (PyTorch 1.4), or does nothing (2.0).
 WITHOUT_GRADIENT: dict[str, Literal["step", "skip"]] = {"release14": "step", "skip": "skip"}
 
@@ -118,7 +118,7 @@ def _step(
         data=data_spec(config),
         objectives=(spec("distillation", weight=1.0, temperature=1.0, measure="cross_entropy"),),
         optim=optim_spec(config, switches, sub_bit=sub_bit, epochs=epochs, weight_decay=weight_decay),
-        knobs=((REFINE_KNOB, spec("every", interval=snn["refine_interval"])),) if refine else (),
+        knobs=((REFINE_CODEBOOK.name, spec("every", interval=snn["refine_interval"])),) if refine else (),
         projections=(spec("refill_codebooks", maintenance=switches["maintenance"]),) if refine else (),
         # The second step continues the first, running statistics included; only its codebooks are new.
         init_from=None if previous is None else f"stage:{previous}@last",
@@ -157,6 +157,6 @@ def _codebook_group(switches: Mapping[str, Any], weight_decay: float) -> Paramet
     return ParameterGroup(
         CODEBOOKS,
         weight_decay=weight_decay,
-        gradient_knob=REFINE_KNOB,
+        gradient_knob=REFINE_CODEBOOK.name,
         without_gradient=WITHOUT_GRADIENT[switches["pattern_optimizer"]],
     )

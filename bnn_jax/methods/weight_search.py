@@ -29,6 +29,7 @@ from bnn_jax.keys import (
     Section,
     between,
 )
+from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T, NOISE, TEMPERATURE
 from bnn_jax.methods.common import data_spec, sgd_spec
 from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
@@ -215,12 +216,12 @@ def knobs(config: Mapping[str, Any], weight: Spec) -> tuple[tuple[str, Spec], ..
     found = []
     if weight != IDENTITY:
         options = {key: section[f"temperature_{key}"] for key in ("rate", "interval", "floor")}
-        found.append(("temperature", spec("decay_by_epoch", initial=section["temperature"], **options)))
+        found.append((TEMPERATURE.name, spec("decay_by_epoch", initial=section["temperature"], **options)))
         if section["noise"] > 0:
             options = {key: section[f"noise_{key}"] for key in ("rate", "interval")}
-            found.append(("noise", spec("decay_by_epoch", initial=section["noise"], **options)))
+            found.append((NOISE.name, spec("decay_by_epoch", initial=section["noise"], **options)))
     if section["activations"] == "irnet":
-        found += [(name, spec(name)) for name in ("error_decay_k", "error_decay_t")]
+        found += [(knob.name, spec(knob.name)) for knob in (ERROR_DECAY_K, ERROR_DECAY_T)]
     return tuple(found)
 
 

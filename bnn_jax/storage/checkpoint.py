@@ -229,9 +229,9 @@ class CheckpointStore:
 
     def best_step(self) -> int | None:
         """The one of ``steps`` with the highest selection_top1, the earliest of equal ones; None without metrics."""
-        headers = [header for header in self._headers().values() if isinstance(header, Header)]
-        ranks = [header.rank for header in headers if header.rank is not None]
-        return -max(ranks)[1] if ranks else None
+        headers = {step: header for step, header in self._headers().items() if isinstance(header, Header)}
+        scores = {step: header.metrics["selection_top1"] for step, header in headers.items() if header.metrics}
+        return max(scores, key=lambda step: (scores[step], -step), default=None)
 
     def _folder(self, step: int) -> Path:
         return self._directory / str(step)

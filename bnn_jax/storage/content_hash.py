@@ -20,7 +20,7 @@ from bnn_jax.storage.orbax_files import Damage
 
 FORMAT = 2
 # Items whose structure tells a network; the others are the optimiser's, the objectives' and the random generator's.
-VARIABLES = ("params", "batch_stats", "quant_state")
+VARIABLES = ("params", "batch_stats", "quant_state", "knobs")
 
 # Path of a leaf to its type and shape: 'params/fc/kernel' to 'float32 (64, 10)'.
 LeafTable = dict[str, str]
@@ -78,11 +78,6 @@ class Header:
     metrics: dict[str, float] | None
     tables: dict[str, LeafTable]
     hashes: dict[str, str]
-
-    @property
-    def rank(self) -> tuple[float, int] | None:
-        """Larger is better; of equal scores the earlier step is the better one. None without metrics."""
-        return None if self.metrics is None else (self.metrics["selection_top1"], -self.step)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, with their own hash."""

@@ -11,7 +11,7 @@ from bnn_jax.search.evolution import Settings
 from bnn_jax.search.folds import make_folds
 from bnn_jax.stages import DataSpec, OptimSpec, QuantSpec, Stage, spec
 from bnn_jax.training.interrupt import StopRequest
-from bnn_jax.training.progress import SearchProgress
+from bnn_jax.training.progress import Progress
 
 
 def result(fold, **changes):
@@ -50,16 +50,6 @@ def test_without_a_fine_tuned_winner_there_is_no_table():
     assert search_stage.winners([{"stage": "search", "folds": []}]) is None
 
 
-def test_the_progress_of_a_search_names_fold_generation_best_and_time_left(capsys):
-    with SearchProgress("search", folds=3, total=63, done=0) as progress:
-        progress.generation_done(1, 4, {"path": (3, 0, 6), "fold_top1": 61.234, "full_top1": 58.0})
-    line = capsys.readouterr().err.strip()
-    assert line.startswith(
-        "search: fold 2/3  generation 4  best 61.23 % (outside of the fold 58.00 %)  path 3 0 6  0:00:0"
-    )
-    assert line.endswith(" left")
-
-
 # ---- searching fold after fold, with made-up accuracies
 
 FOLDS = make_folds(np.arange(60) % 5, kind="stratified", count=3, batch_size=1)
@@ -86,7 +76,7 @@ def run_folds(folder, stage, *, stop_at: int | None = None):
         return None if len(calls) - 1 == stop_at else accuracies(paths, images)
 
     before = None
-    with SearchProgress("search", folds=3, total=15, done=0) as progress, StopRequest() as stop:
+    with Progress("search", total=15) as progress, StopRequest() as stop:
         for fold in range(3):
             path = folder / f"fold_{fold:02d}.json"
             if not path.exists():
@@ -105,6 +95,18 @@ def test_a_search_stopped_at_any_evaluation_ends_with_the_same_archives(tmp_path
         with pytest.raises(Interrupted, match="the same command goes on"):
             run_folds(folder, stage, stop_at=stop_at)
         assert run_folds(folder, stage) == whole
+
+
+def test_every_generation_is_a_line_with_fold_best_and_time_left(tmp_path, capsys):
+    results = run_folds(_made(tmp_path / "a"), search_stage_of(one_random_stream=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 15
+    best = results[1]["history"][2]
+    assert lines[7].startswith(
+        f"search: fold 2/3  generation 3  best {best['fold_top1']:.2f} % (outside of the fold "
+        f"{best['full_top1']:.2f} %)  path {' '.join(map(str, best['path']))}  0:00:0"
+    )
+    assert lines[-1].endswith("  0:00:00 left")
 
 
 def _made(folder):

@@ -54,3 +54,9 @@ def test_the_help_on_configs_lists_every_key_with_default_meaning_and_accepted_v
     assert lines[place + 2].strip() == "accepted: one of 'sign', 'levels'; or None"
     listed = {line.split()[0].removeprefix("config.") for line in lines if line.startswith("  config.")}
     assert listed == set(keys_of(SECTIONS))
+
+
+def test_a_reader_that_stops_early_sees_no_error():
+    command = f"{sys.executable} launch.py --help-config | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Keys of a config") and done.stderr == ""

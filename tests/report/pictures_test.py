@@ -188,4 +188,4 @@ def test_a_tile_shows_a_pattern_row_by_row():
     axis = matplotlib.figure.Figure().subplots()
     pattern = np.array([[1, 1, -1, -1, -1, -1, -1, -1, 1]])
     assert pictures.draw_tiles(axis, pattern, np.zeros((1, 9), bool)) == 1
-    assert axis.images[0].get_array()[:3, :3].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert np.asarray(axis.images[0].get_array())[:3, :3].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
