@@ -171,7 +171,7 @@ def test_codebooks_are_refined_in_the_second_step_only():
     ],
 )
 def test_presets(preset, switches):
-    assert snn.resolve(config(snn_preset=preset)) == switches
+    assert switches_of(config(snn_preset=preset)) == switches
 
 
 @pytest.mark.parametrize("preset", snn.PRESETS)
@@ -180,7 +180,7 @@ def test_presets(preset, switches):
     [("refine", True), ("refine", False), ("maintenance", "clean"), ("pattern_optimizer", "skip")],
 )
 def test_a_switch_that_is_given_wins_over_the_preset(preset, switch, value):
-    switches = snn.resolve(config(snn_preset=preset, **{f"snn_{switch}": value}))
+    switches = switches_of(config(snn_preset=preset, **{f"snn_{switch}": value})["snn"], snn.PRESETS)
     assert switches == {**snn.PRESETS[preset], switch: value}
 
 
