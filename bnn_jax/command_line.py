@@ -4,6 +4,7 @@ Results go to stdout, the log of the work to stderr. With ``--json`` the last li
 """
 
 import collections
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -31,7 +32,6 @@ OPTION_MODES = {
     "process_id": ("train", "evaluate"),
 }
 DISTRIBUTED = ("auto", "off")
-SECONDS = {"heartbeat_seconds": 100, "connect_seconds": 300}
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -81,7 +81,7 @@ def _define_flags(config: ConfigDict, argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_string(name, None, name, flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
     flags.DEFINE_string("distributed", "auto", "join other processes", flag_values=values)
-    for name, default in (("num_processes", None), ("process_id", None), *SECONDS.items()):
+    for name, default in list(dataclasses.asdict(hosts.Peers()).items())[1:]:
         flags.DEFINE_integer(name, default, name, flag_values=values)
     flags.DEFINE_bool("fresh", False, "start anew", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON as the last line", flag_values=values)
@@ -158,21 +158,19 @@ def peers_of(values: Any) -> hosts.Peers | None:
     Raises:
       UserError: flags that do not go together, or a mode that works on one process alone.
     """
-    seconds = {name: values[name].value for name in SECONDS}
-    named = hosts.peers(coordinator=values.coordinator, count=values.num_processes, index=values.process_id, **seconds)
-    if values.distributed == "off":
-        if named is not None:
-            raise UserError("--distributed=off: of no use with --coordinator")
-        return None
-    launcher = hosts.launcher() if named is None else None
+    peers = hosts.Peers(**{field.name: values[field.name].value for field in dataclasses.fields(hosts.Peers)})
+    named = peers.coordinator is not None
+    if values.distributed == "off" and named:
+        raise UserError("--distributed=off: of no use with --coordinator")
+    launcher = None if named or values.distributed == "off" else hosts.launcher()
     if launcher is None:
-        return named
+        return peers if named else None
     if values.mode not in OPTION_MODES["coordinator"]:
         raise UserError(
             f"--mode={values.mode} works on one process, and {launcher} started several; start it outside of the job, "
             "or with --distributed=off"
         )
-    return hosts.Peers(**seconds)
+    return peers
 
 
 def one_line(error: BaseException) -> str:

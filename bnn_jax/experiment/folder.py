@@ -12,7 +12,6 @@ import errno
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import bnn_jax
-from bnn_jax import hosts
+from bnn_jax import files, hosts
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.experiment.config import LOCATION_KEYS, flatten
 from bnn_jax.stages import Stage, differing_keys, parse_choice, to_json
@@ -122,13 +121,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file in one step: it is either the old one or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with files.replacing(path) as file:
         json.dump(content, file, indent=2)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:

@@ -31,7 +31,7 @@ from bnn_jax.keys import (
     Key,
     Section,
 )
-from bnn_jax.methods.common import data_spec, sgd_spec
+from bnn_jax.methods.common import data_spec, sgd_spec, switches_of
 from bnn_jax.stages import IDENTITY, Inherit, QuantSpec, Spec, Stage, Teacher, spec
 
 RELEASE: dict[str, Any] = {
@@ -111,8 +111,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: a combination that does not exist.
     """
     asbq = config["asbq"]
-    preset = PRESETS[asbq["preset"]]
-    switches = {key: value if asbq[key] is None else asbq[key] for key, value in preset.items()}
+    switches = switches_of(asbq, PRESETS)
     network = config["network"]
     if network in IMAGENET_NETWORKS:
         if switches["block"] == "checkpoint" or asbq["block"] not in (None, "imagenet"):

@@ -34,7 +34,7 @@ from bnn_jax.keys import (
     at_least,
     between,
 )
-from bnn_jax.methods.common import data_spec, teacher_keys, teacher_of, teacher_stage
+from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
 from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     Raises:
       UserError: a network without branches, or values that do not fit each other.
     """
-    basq, switches = config["basq"], resolve(config)
+    basq, switches = config["basq"], switches_of(config["basq"], PRESETS)
     _check(config, switches)
     first = _supernet(config, FIRST, epochs=basq["epochs"][0])
     second = _supernet(config, SECOND, epochs=basq["epochs"][-1])
@@ -119,12 +119,6 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     tuned = [_finetune(config, search, fold) for fold in range(basq["folds"])]
     teacher = (teacher_stage(config, basq, name=TEACHER),) if basq["teacher"] == "stage" else ()
     return (*teacher, first, second, search, *tuned)
-
-
-def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches of the run: the preset's values, replaced by those given explicitly."""
-    basq = config["basq"]
-    return {key: value if basq[key] is None else basq[key] for key, value in PRESETS[basq["preset"]].items()}
 
 
 def _check(config: Mapping[str, Any], switches: Mapping[str, Any]) -> None:

@@ -29,6 +29,12 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
     )
 
 
+def switches_of(section: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A method's switches: the values of the section's preset, replaced by those given explicitly."""
+    preset = presets[section["preset"]]
+    return {key: value if section[key] is None else section[key] for key, value in preset.items()}
+
+
 def sgd_spec(config: Mapping[str, Any], *, learning_rate: Spec, epochs: int) -> OptimSpec:
     """Stochastic gradient descent as ``config.train`` says, one group for all parameters."""
     train = config["train"]

@@ -16,7 +16,7 @@ from typing import Any
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Section
 from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T
-from bnn_jax.methods.common import data_spec
+from bnn_jax.methods.common import data_spec, switches_of
 from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -89,8 +89,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     is_mlp = _is_mlp(config)
     if skd["hidden"] is not None and not is_mlp:
         raise UserError(f"config.skd.hidden={skd['hidden']!r}: network {config['network']!r} has no such option")
-    preset = (MLP_PRESETS if is_mlp else PRESETS)[skd["preset"]]
-    return {key: value if skd[key] is None else skd[key] for key, value in preset.items()}
+    return switches_of(skd, MLP_PRESETS if is_mlp else PRESETS)
 
 
 def _is_mlp(config: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, POSITIVE, Key, Section, between
 from bnn_jax.knobs import REFINE_CODEBOOK
-from bnn_jax.methods.common import data_spec, teacher_keys, teacher_of, teacher_stage
+from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
 from bnn_jax.stages import IDENTITY, Inherit, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     Raises:
       UserError: a number of epochs or weight decays that does not fit the steps.
     """
-    snn, switches = config["snn"], resolve(config)
+    snn, switches = config["snn"], switches_of(config["snn"], PRESETS)
     steps = (FIRST, SECOND) if snn["two_step"] else (SECOND,)
     epochs, decays = (_by_step(config, key) for key in ("epochs", "weight_decays"))
     students = [
@@ -85,12 +85,6 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         for previous, name in zip((None, *steps), steps)
     ]
     return (teacher_stage(config, snn, name=TEACHER), *students) if snn["teacher"] == "stage" else tuple(students)
-
-
-def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches of the run: the preset's values, replaced by those given explicitly."""
-    snn = config["snn"]
-    return {key: value if snn[key] is None else snn[key] for key, value in PRESETS[snn["preset"]].items()}
 
 
 def _by_step(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """SNN through ``launch.py``: the whole chain, killed and resumed between refinements, evaluated, and refused."""
 
 import hashlib
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,13 @@ from configs.snn_resnet20 import get_config
 from tests.conftest import ROOT
 from tests.integration.launching import (
     SAVE_ALWAYS,
-    Finished,
     assert_same_arrays,
     assert_same_run,
     launch_here,
-    launch_program,
+    launch_killed,
     launch_well,
     records,
+    refused,
     result,
     saved_arrays,
     steps,
@@ -105,9 +104,7 @@ def test_refined_codebooks_keep_different_patterns(whole):
 @pytest.mark.slow
 def test_a_run_killed_between_two_refinements_goes_on_to_the_same_bits(tmp_path, whole):
     # Of the checkpoints of every step, two are the teacher's and two of the first step: the seventh is that of step 3.
-    arguments = ("saved", "7", *CHAIN, SAVE_ALWAYS, f"--workdir={tmp_path}")
-    killed = launch_program(*arguments, program="tests/integration/killed.py")
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed("saved", 7, *CHAIN, SAVE_ALWAYS, f"--workdir={tmp_path}")
     assert steps(tmp_path / STAGES[2])[-1] == 3
     before, after = (saved_arrays(folder / STAGES[2]) for folder in (tmp_path, whole))
     moved = [path for path, codebook in codebooks(before).items() if not np.array_equal(codebook, after[path])]
@@ -155,12 +152,6 @@ def test_the_last_step_can_be_taught_by_itself_too(tmp_path):
 
 
 # ---- mistakes, before anything is trained
-
-
-def refused(finished: Finished) -> str:
-    assert finished.code == 2
-    assert "epoch 1/" not in finished.stderr
-    return finished.error_line
 
 
 def test_a_teacher_without_its_file_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from bnn_jax.errors import UserError
 from bnn_jax.experiment.config import validate
 from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.methods import build, snn
+from bnn_jax.methods.common import switches_of
 from bnn_jax.stages import IDENTITY, Inherit, QuantSpec, Stage, Teacher, spec
 from bnn_jax.training.optimizer import path_of
 from configs import snn_resnet18, snn_resnet18_cifar, snn_resnet20, snn_skd_resnet20, snn_vgg_small
@@ -171,7 +172,7 @@ def test_codebooks_are_refined_in_the_second_step_only():
     ],
 )
 def test_presets(preset, switches):
-    assert snn.resolve(config(snn_preset=preset)) == switches
+    assert switches_of(config(snn_preset=preset)["snn"], snn.PRESETS) == switches
 
 
 @pytest.mark.parametrize("preset", snn.PRESETS)
@@ -180,7 +181,7 @@ def test_presets(preset, switches):
     [("refine", True), ("refine", False), ("maintenance", "clean"), ("pattern_optimizer", "skip")],
 )
 def test_a_switch_that_is_given_wins_over_the_preset(preset, switch, value):
-    switches = snn.resolve(config(snn_preset=preset, **{f"snn_{switch}": value}))
+    switches = switches_of(config(snn_preset=preset, **{f"snn_{switch}": value})["snn"], snn.PRESETS)
     assert switches == {**snn.PRESETS[preset], switch: value}
 
 
