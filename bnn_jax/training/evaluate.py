@@ -1,10 +1,13 @@
-"""Accuracy and loss of a network on a split of the data, in evaluation mode."""
+"""Accuracy and loss of a network on a split of the data, in evaluation mode, and of many paths of a supernet."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bnn_jax.data.memory import Split
 from bnn_jax.data.stream import StreamedSplit
@@ -12,7 +15,67 @@ from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
 from bnn_jax.training.seeds import ONE_SEED, Seeds
-from bnn_jax.training.step import PrepareEval, compile_eval_step, compile_path_step
+
+PrepareEval = Callable[[jax.Array], jax.Array]
+
+
+def compile_eval_step(
+    network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False, seeds: Seeds = ONE_SEED
+) -> Callable:
+    """Jitted function of (variables, images, labels, rows (N,), mask (N,)) -> sums over the valid rows.
+
+    The rows are indices or, with None for images and labels, images and labels themselves; see ``fetch``.
+
+    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet. Of several seeds
+    the variables are stacked, and so are the sums; such a network has no branches.
+
+    The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among
+    the five largest logits (among all where there are fewer classes).
+    """
+
+    replicated, rows = devices.replicated, devices.rows
+    last = (replicated,) if with_choice else ()
+    run = seeds.over(functools.partial(eval_step, network, prepare), in_axes=(0, None, None, None, None))
+    return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows, *last), out_shardings=replicated)
+
+
+def compile_path_step(network: Any, prepare: PrepareEval, devices: Devices) -> Callable:
+    """Jitted function of (variables, images, labels, rows (N,), mask (N,), paths (P, G)) -> correct images (P,).
+
+    The images go to all devices, the paths are divided among them.
+    """
+
+    def correct(*arguments: Any) -> jax.Array:
+        return eval_step(network, prepare, *arguments)["correct1"]
+
+    replicated, rows = devices.replicated, devices.rows
+    run = jax.vmap(correct, in_axes=(*[None] * 5, 0))
+    return jax.jit(run, in_shardings=(*[replicated] * 5, rows), out_shardings=replicated)
+
+
+def eval_step(
+    network: Any,
+    prepare: PrepareEval,
+    variables: Any,
+    images: jax.Array | None,
+    labels: jax.Array | None,
+    rows: Rows,
+    mask: jax.Array,
+    choice: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Sums over the valid rows of a batch, see ``compile_eval_step``; a pure function to be jitted."""
+    ctx = evaluation_context(variables, mask=mask, choice=choice)
+    images, labels = fetch(images, labels, rows)
+    logits = network.apply(variables, prepare(images), ctx).logits
+    _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = (top == labels[:, None]) & mask[:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return {
+        "correct1": jnp.sum(hits[:, 0]),
+        "correct5": jnp.sum(hits),
+        "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+        "count": jnp.sum(mask),
+    }
 
 
 class Evaluator:

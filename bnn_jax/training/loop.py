@@ -22,6 +22,7 @@ from bnn_jax.stages import Stage
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.epoch_sums import epoch_means
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.feed import Dispatch, Feed
 from bnn_jax.training.interrupt import Agreement, StopRequest
@@ -301,7 +302,7 @@ class StageLoop:
 
     def _record(self, state: TrainState, meter: EpochMeter, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         step, last = state.steps_done, jnp.int32(state.steps_done - 1)
-        each = [metrics.epoch_means(sums) for sums in self.seeds.unstack(jax.device_get(state.metric_sums))]
+        each = [epoch_means(sums) for sums in self.seeds.unstack(jax.device_get(state.metric_sums))]
         for split, result in results.items():
             for values, row in zip(each, result.get("seeds", [result]), strict=True):
                 values.update({f"{split}_{name}": row[name] for name in ("top1", "top5", "loss")})
