@@ -196,12 +196,14 @@ def run(values: Any, group: hosts.Group) -> None:
         group.connect(peers)
         _check_same_command(values, config)
     # Only now: importing jax takes seconds, and a mistake should show at once.
-    from bnn_jax.experiment.build import Run
+    from bnn_jax.experiment.build import make_experiment
+    from bnn_jax.experiment.folder import RunFolder
 
-    job = Run(config, Path(values.workdir or Path("runs") / config["name"]))
+    experiment = make_experiment(config)
+    folder = RunFolder(Path(values.workdir or Path("runs") / config["name"]), experiment.stages)
     train = functools.partial(_train, group=group)
     modes = {"train": train, "evaluate": _evaluate, "summary": _summary, "report": _report}
-    result = modes[values.mode](job, values)
+    result = modes[values.mode](experiment, folder, values)
     if values.json and hosts.is_first():
         print(json.dumps(result), flush=True)
 
@@ -212,25 +214,25 @@ def _check_same_command(values: Any, config: dict[str, Any]) -> None:
     hosts.same_everywhere("command", {**options, "config": flatten(config)})
 
 
-def _train(job: Any, values: Any, *, group: hosts.Group) -> dict[str, Any]:
+def _train(experiment: Any, folder: Any, values: Any, *, group: hosts.Group) -> dict[str, Any]:
     from bnn_jax.experiment.results import winners
     from bnn_jax.experiment.train import train
     from bnn_jax.report import tables
 
     if hosts.is_first():
-        tables.show(tables.stages_table(job.stages), file=sys.stderr)
-    result = {"stages": train(job, from_stage=values.stage, fresh=values.fresh, group=group)}
+        tables.show(tables.stages_table(experiment.stages), file=sys.stderr)
+    result = {"stages": train(experiment, folder, from_stage=values.stage, fresh=values.fresh, group=group)}
     if hosts.is_first():
         tables.show(tables.results_table(result["stages"]))
-        _show_winners(winners(job), result)
+        _show_winners(winners(folder), result)
     return result
 
 
-def _evaluate(job: Any, values: Any) -> dict[str, Any]:
+def _evaluate(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
     from bnn_jax.experiment.evaluate import evaluate
 
     checkpoint = Path(values.checkpoint) if values.checkpoint else None
-    result = evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
+    result = evaluate(experiment, folder, stage_name=values.stage, checkpoint=checkpoint)
     if hosts.is_first():
         name = values.stage or result["stage"]
         for row in result.get("seeds", ()):
@@ -250,24 +252,24 @@ def _evaluated(result: dict[str, Any]) -> str:
     return f"top-1 {number('top1', 2)} %  top-5 {number('top5', 2)} %  loss {number('loss', 4)}"
 
 
-def _summary(job: Any, values: Any) -> dict[str, Any]:
+def _summary(experiment: Any, _: Any, values: Any) -> dict[str, Any]:
     from bnn_jax.experiment.summary import summary
     from bnn_jax.report import tables
 
-    name = values.stage or job.stages[-1].name
-    costs = summary(job, stage_name=name)
+    name = values.stage or experiment.stages[-1].name
+    costs = summary(experiment, stage_name=name)
     tables.show(tables.costs_table(costs))
     return {"stage": name, **costs.to_json()}
 
 
-def _report(job: Any, _: Any) -> dict[str, Any]:
+def _report(experiment: Any, folder: Any, _: Any) -> dict[str, Any]:
     from bnn_jax.experiment.report import report
     from bnn_jax.experiment.results import winners
     from bnn_jax.report import tables
 
-    result = report(job)
+    result = report(experiment, folder)
     tables.show(tables.results_table(result["stages"]))
-    _show_winners(winners(job), result)
+    _show_winners(winners(folder), result)
     for path in result["pictures"]:
         print(f"picture: {path}")
     return result

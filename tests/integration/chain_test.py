@@ -208,7 +208,7 @@ def no_training(monkeypatch) -> str:
     def fails(*_: Any) -> None:
         raise UserError("as far as this test goes")
 
-    monkeypatch.setattr(train, "_train_stage", fails)
+    monkeypatch.setattr(train, "_run_stage", fails)
     return "error: as far as this test goes"
 
 

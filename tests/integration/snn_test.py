@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bnn_jax.experiment.build import Run, assemble, initial_variables
+from bnn_jax.experiment.build import make_experiment, set_up
 from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.experiment.load import SavedVariables, load_images
+from bnn_jax.experiment.start import first_variables
 from bnn_jax.ops import codebook as ops
 from configs.snn_resnet20 import get_config
 from tests.conftest import ROOT
@@ -66,9 +69,11 @@ def test_the_chain_trains_its_three_stages(whole):
 def test_sub_bit_weights_start_where_binary_activations_ended(whole):
     config = get_config("smoke")
     config.update_from_flattened_dict(OVERRIDES)
-    run = Run(validate(config.to_dict()), whole)
-    stage = run.stages[2]
-    initial = flatten_dict(initial_variables(run, assemble(run, stage, run.load_data(stage))), sep="/")
+    experiment = make_experiment(validate(config.to_dict()))
+    stage = experiment.stages[2]
+    setup = set_up(experiment, stage, load_images(experiment.config, stage.data))
+    saved = SavedVariables(experiment, RunFolder(whole, experiment.stages))
+    initial = flatten_dict(first_variables(setup, saved.inherited_by(setup))[0], sep="/")
     before = saved_arrays(whole / STAGES[1])
     before = {path: array for path, array in before.items() if path.startswith(("params/", "batch_stats/"))}
     for path, array in before.items():

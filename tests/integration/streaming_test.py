@@ -101,6 +101,20 @@ def test_four_devices_train_as_one(data_dir, whole, tmp_path):
         np.testing.assert_allclose(actual[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
+def test_a_folder_of_pictures_is_trained_on_and_evaluated(tmp_path):
+    for split, count in (("train", 10), ("val", 5)):
+        for number, (content, label) in enumerate(makers.small_pictures(count, seed=1)):
+            path = tmp_path / "pictures" / split / f"class{label % 3}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    arguments = command(tmp_path / "pictures", tmp_path / "run", "--config.data.name=folder")
+    assert launch_here(*arguments).code == 0
+    assert (result(tmp_path / "run" / STAGE)["num_train"], result(tmp_path / "run" / STAGE)["num_test"]) == (10, 5)
+    assert saved_arrays(tmp_path / "run" / STAGE)["params/fc/kernel"].shape[-1] == 3
+    evaluated = launch_here(*arguments, "--mode=evaluate", "--json")
+    assert evaluated.last_json["num_images"] == 5
+
+
 def test_a_damaged_image_is_one_line(tmp_path):
     pictures = makers.small_pictures(9, seed=1)
     content, label = pictures[4]
