@@ -41,7 +41,7 @@ SAVE_ALWAYS = "--config.train.checkpoint_seconds=0"
 
 ITEMS = ("params", "batch_stats", "quant_state", "knobs", "opt_state", "objective_state", "metric_sums", "rng", "step")
 TIMES = {"seconds", "images_per_second", "process_seconds"}
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
