@@ -19,6 +19,7 @@ LAYERS = {
     "knobs": 0,
     "catalogue": 0,
     "keys": 1,
+    "files": 1,
     "hosts": 1,
     "restricted_pickle": 1,
     "schedules": 1,
@@ -44,11 +45,12 @@ ONLY = {
     "knobs": set(),
     "catalogue": set(),
     "keys": {"errors"},
+    "files": set(),
     "hosts": {"errors"},
     "schedules": {"stages"},
     "ops": set(),
     "methods": {"stages", "errors", "keys", "knobs", "catalogue"},
-    "data": {"stages", "errors", "restricted_pickle"},
+    "data": {"stages", "errors", "files", "restricted_pickle"},
 }
 # What it may import from elsewhere besides the standard library, where that is restricted.
 OUTSIDE = {
@@ -57,6 +59,7 @@ OUTSIDE = {
     "knobs": set(),
     "catalogue": set(),
     "keys": set(),
+    "files": set(),
     "hosts": {"jax", "numpy"},
     "restricted_pickle": {"numpy"},
     "schedules": {"jax"},

@@ -35,8 +35,8 @@ from bnn_jax.keys import (
     at_least,
     between,
 )
-from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_stage
-from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
+from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "release": {"fold_kind": "contiguous", "search_on": "test", "one_random_stream": True, "report_epoch": "best"},
@@ -90,6 +90,7 @@ KEYS: Section = {
 TEACHER, FIRST, SECOND, SEARCH = "teacher", "supernet_activations", "supernet", "search"
 
 STEPS_OF_WEIGHTS = "/weight_quantizer/step$"
+COLLECTIONS = ("params", "batch_stats", "quant_state")
 
 
 def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -109,12 +110,9 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         second,
         name=SEARCH,
         kind="search",
-        init_from=f"stage:{SECOND}@last",
-        may_be_new=(),
-        recompute=(),
+        inherit=Inherit(f"stage:{SECOND}@last", COLLECTIONS),
         objectives=(),
         teacher=None,
-        teacher_network=None,
         choice=None,
         search=search_spec(config, switches),
         seed=config["seed"] + 3000,
@@ -154,7 +152,6 @@ def network_spec(config: Mapping[str, Any]) -> Spec:
 
 def _supernet(config: Mapping[str, Any], name: str, *, epochs: int) -> Stage:
     basq, second = config["basq"], name == SECOND
-    stored = basq["teacher"] == "stage"
     return Stage(
         name=name,
         network=network_spec(config),
@@ -162,13 +159,13 @@ def _supernet(config: Mapping[str, Any], name: str, *, epochs: int) -> Stage:
         data=data_spec(config),
         objectives=(spec("distillation", weight=1.0, temperature=1.0, measure="cross_entropy"),),
         optim=supernet_optim(config, epochs=epochs),
-        init_from=f"stage:{FIRST}@last" if second else None,
-        transfer=("params", "batch_stats", "quant_state"),
         # The second phase starts from what the first has trained, with steps for the weights as they are by then.
-        may_be_new=(STEPS_OF_WEIGHTS,) if second else (),
-        recompute=(STEPS_OF_WEIGHTS,) if second else (),
-        teacher=f"stage:{TEACHER}@last" if stored else basq["teacher"],
-        teacher_network=None if stored else spec(basq["teacher_network"]),
+        inherit=Inherit(
+            f"stage:{FIRST}@last", COLLECTIONS, may_be_new=(STEPS_OF_WEIGHTS,), recompute=(STEPS_OF_WEIGHTS,)
+        )
+        if second
+        else None,
+        teacher=teacher_of(basq, stage=TEACHER),
         choice="uniform",
         seed=config["seed"] + (2000 if second else 1000),
         init_seed=config["seed"],

@@ -7,7 +7,7 @@ from typing import Any
 from bnn_jax.catalogue import facts_of
 from bnn_jax.errors import UserError
 from bnn_jax.keys import POSITIVE, STAGE_OR_FILE, Key, Section
-from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, Teacher, spec
 
 # Weights of the self-distillation terms in the published recipes.
 EXTRA_OBJECTIVE_WEIGHTS = {"feature_swap": 1.0, "label_bank": 0.05, "cluster": 0.01}
@@ -79,6 +79,13 @@ def teacher_stage(config: Mapping[str, Any], section: Mapping[str, Any], *, name
         init_seed=config["seed"],
         compute_dtype=config["train"]["compute_dtype"],
     )
+
+
+def teacher_of(section: Mapping[str, Any], *, stage: str) -> Teacher:
+    """The teacher of the other stages: the stage of that name, or a file with the section's teacher_network."""
+    if section["teacher"] == "stage":
+        return Teacher(f"stage:{stage}@last")
+    return Teacher(section["teacher"], spec(section["teacher_network"]))
 
 
 def add_extra_objectives(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

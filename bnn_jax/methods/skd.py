@@ -18,7 +18,7 @@ from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Section
 from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T
 from bnn_jax.methods.common import data_spec, switches_of
-from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"strict_release": False, "reset_bank": False, "task_loss": "cross_entropy"},
@@ -101,8 +101,7 @@ def _stage(config: Mapping[str, Any], switches: Mapping[str, Any], names: list[s
         optim=optim_spec(config, index),
         knobs=() if _is_mlp(config) else tuple((knob.name, spec(knob.name)) for knob in (ERROR_DECAY_K, ERROR_DECAY_T)),
         # The second stage takes everything a state dict holds: weights and running statistics, not the optimiser.
-        init_from=None if index == 0 else f"stage:{names[index - 1]}@last",
-        transfer=("params", "batch_stats"),
+        inherit=None if index == 0 else Inherit(f"stage:{names[index - 1]}@last", ("params", "batch_stats")),
         seed=config["seed"] + 1000 * index,
         init_seed=config["seed"],
         bits=1.0,
