@@ -59,6 +59,7 @@ class TeachersLogits(Objective):
     needs = frozenset({"teacher_logits"})
 
     def __call__(self, outputs, batch, state, ctx):
+        assert outputs.teacher_logits is not None
         return jnp.sum(outputs.teacher_logits) + 0.0 * jnp.sum(outputs.logits)
 
 
