@@ -428,21 +428,46 @@ def compile_eval_step(
     the five largest logits (among all where there are fewer classes).
     """
 
-    def run(variables: Any, images: Any, labels: Any, rows: Rows, mask: jax.Array, *choice: Any):
-        ctx = evaluation_context(variables, mask=mask, choice=choice[0] if choice else None)
-        images, labels = fetch(images, labels, rows)
-        logits = network.apply(variables, prepare(images), ctx).logits
-        _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        hits = (top == labels[:, None]) & mask[:, None]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return {
-            "correct1": jnp.sum(hits[:, 0]),
-            "correct5": jnp.sum(hits),
-            "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
-            "count": jnp.sum(mask),
-        }
-
     replicated, rows = devices.replicated, devices.rows
     last = (replicated,) if with_choice else ()
-    run = seeds.over(run, in_axes=(0, None, None, None, None))
+    run = seeds.over(functools.partial(eval_step, network, prepare), in_axes=(0, None, None, None, None))
     return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows, *last), out_shardings=replicated)
+
+
+def compile_path_step(network: Any, prepare: PrepareEval, devices: Devices) -> Callable:
+    """Jitted function of (variables, images, labels, rows (N,), mask (N,), paths (P, G)) -> correct images (P,).
+
+    The images go to all devices, the paths are divided among them.
+    """
+
+    def correct(*arguments: Any) -> jax.Array:
+        return eval_step(network, prepare, *arguments)["correct1"]
+
+    replicated, rows = devices.replicated, devices.rows
+    run = jax.vmap(correct, in_axes=(*[None] * 5, 0))
+    return jax.jit(run, in_shardings=(*[replicated] * 5, rows), out_shardings=replicated)
+
+
+def eval_step(
+    network: Any,
+    prepare: PrepareEval,
+    variables: Any,
+    images: jax.Array | None,
+    labels: jax.Array | None,
+    rows: Rows,
+    mask: jax.Array,
+    choice: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Sums over the valid rows of a batch, see ``compile_eval_step``; a pure function to be jitted."""
+    ctx = evaluation_context(variables, mask=mask, choice=choice)
+    images, labels = fetch(images, labels, rows)
+    logits = network.apply(variables, prepare(images), ctx).logits
+    _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = (top == labels[:, None]) & mask[:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return {
+        "correct1": jnp.sum(hits[:, 0]),
+        "correct5": jnp.sum(hits),
+        "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+        "count": jnp.sum(mask),
+    }
