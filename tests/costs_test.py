@@ -128,9 +128,17 @@ def test_no_row_is_of_a_network_that_is_gone() -> None:
 
 # ---- the last stage of every config
 
+
+def with_scales(costs: Costs, filters: int) -> Costs:
+    """The costs where the scales of so many filters are parameters; stored they are either way."""
+    return dataclasses.replace(costs, parameters=costs.parameters + filters)
+
+
 EXPECTED_OF_CONFIGS: dict[str, tuple[str, Costs]] = {
     "asbq_resnet18": ("w1a1", EXPECTED["resnet18"]),
     "asbq_resnet20": ("w1a1", EXPECTED["resnet20"]),
+    # The first convolution of a block reads 32-bit activations: 18,874,368 of the 40,108,032 products.
+    "asbq_resnet20_from_w4a4": ("w1a1", dataclasses.replace(EXPECTED["resnet20"], bit_operations=625_213_440)),
     # 100 instead of 10 classes: 90 * 65 parameters more.
     "asbq_resnet20_cifar100": ("w1a1", Costs(278_324, 267_264, 0, 404_672, 40_818_944, 40_108_032)),
     "asbq_skd_resnet20": ("w1a1", EXPECTED["resnet20"]),
@@ -145,6 +153,10 @@ EXPECTED_OF_CONFIGS: dict[str, tuple[str, Costs]] = {
     "irnet_resnet20": ("train", EXPECTED["hardtanh_resnet20"]),
     # The digits have 16x16 pixels.
     "quickstart": ("w1a1", Costs(78_042, 73_728, 0, 159_744, 3_125_888, 2_949_120)),
+    # The networks of IR-Net; the scales of the filters (3,840, 672 and 1,664) are trained.
+    "recu_resnet18": ("train", with_scales(EXPECTED["hardtanh_resnet18_cifar"], 3_840)),
+    "recu_resnet20": ("train", with_scales(EXPECTED["hardtanh_resnet20"], 672)),
+    "recu_vgg_small": ("train", with_scales(EXPECTED["hardtanh_vgg_small"], 1_664)),
     "skd_mnist_mlp": ("train", EXPECTED["hardtanh_mlp"]),
     "skd_resnet18": ("train", EXPECTED["hardtanh_resnet18_cifar"]),
     "skd_resnet18_imagenet": ("train_2", EXPECTED["hardtanh_resnet18"]),

@@ -22,6 +22,7 @@ from tests.integration.launching import (
     steps,
 )
 
+DIGITS = f"--config={ROOT / 'configs' / 'quickstart.py'}"
 RESNET20 = f"--config={ROOT / 'configs' / 'asbq_resnet20.py'}"
 IMAGENET = f"--config={ROOT / 'configs' / 'asbq_resnet18.py'}"
 
@@ -74,7 +75,7 @@ IMAGENET = f"--config={ROOT / 'configs' / 'asbq_resnet18.py'}"
             (IMAGENET, "--config.data.data_dir=/no/such/folder"),
             ["imagenet2012 is not prepared in /no/such/folder", "config.data.name='imagenet2012_resized'"],
         ),
-        ((QUICKSTART, "--config.data.num_train=100000"), ["config.data.num_train=100000", "accepted are 1 to "]),
+        ((DIGITS, "--config.data.num_train=100000"), ["config.data.num_train=100000", "accepted are 1 to "]),
         ((QUICKSTART, "--config.data.validation_fraction=0.01"), ["config.data.validation_fraction=0.01"]),
         (
             (QUICKSTART, "--config.network=vgg_small", "--config.data.image_size=4"),
