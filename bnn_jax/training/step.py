@@ -171,7 +171,7 @@ def one_pass(
     """
     teacher_logits = None
     if needs_teacher(parts.objectives):
-        own_ctx = evaluation_context(teacher, mask=ctx.mask)
+        own_ctx = evaluation_context(teacher, mask=ctx.mask).replace(step=ctx.step)
         teacher_logits = parts.teacher.apply(teacher, batch.images, own_ctx).logits
 
     def terms_function(params: Any):

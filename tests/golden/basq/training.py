@@ -100,9 +100,9 @@ class RecordedTeacher:
     """Answers with logits that were recorded for each step."""
 
     @staticmethod
-    def apply(logits: jax.Array, images: jax.Array, ctx: QuantContext) -> Any:
+    def apply(variables: dict[str, jax.Array], images: jax.Array, ctx: QuantContext) -> Any:
         """The logits of the context's step."""
-        return types.SimpleNamespace(logits=logits[ctx.step])
+        return types.SimpleNamespace(logits=variables["logits"][ctx.step])
 
 
 def with_norms(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
@@ -145,7 +145,7 @@ def check_trajectory(file: GoldenFile, result: Comparison) -> None:
     selection = jnp.asarray(file["selection18"][:, :genes], jnp.int32)
     parts = _parts(setting, optim, rate, spec("distillation", weight=1.0, measure="cross_entropy"))
     parts = dataclasses.replace(parts, choose=lambda key, step: selection[step], teacher=RecordedTeacher())
-    constants = Constants(images, jnp.zeros(len(images), jnp.int32), jnp.asarray(file["teacher"]))
+    constants = Constants(images, jnp.zeros(len(images), jnp.int32), {"logits": jnp.asarray(file["teacher"])})
     states, losses, norms = _run(parts, start_of(setting, parts), constants, steps=steps, batch=batch)
     result.close("kd_loss", losses, file["kd_loss"], atol=1e-5)
     result.close("gnorm_preclip", norms, file["gnorm_preclip"], atol=1e-5)

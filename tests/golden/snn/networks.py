@@ -179,11 +179,11 @@ def _term(choice: Any, teacher: np.ndarray, batch: Batch, logits: jax.Array) -> 
 
 @dataclasses.dataclass(frozen=True)
 class ConstantNetwork:
-    """A network whose logits are its variables, row by row of the images, which hold their own numbers."""
+    """A network whose only variable are its logits, row by row of the images, which hold their own numbers."""
 
     def apply(self, variables: Any, images: jax.Array, ctx: QuantContext) -> NetworkOutput:
         """The rows of the variables."""
-        rows = variables[images[:, 0, 0, 0].astype(jnp.int32)]
+        rows = variables["logits"][images[:, 0, 0, 0].astype(jnp.int32)]
         return NetworkOutput(logits=rows, features=rows)
 
 
@@ -193,7 +193,7 @@ def _check_accuracies(file: GoldenFile, result: Comparison, batch: Batch) -> Non
     step = compile_eval_step(ConstantNetwork(), lambda images: images, all_devices())
     images = rows.astype(np.float32)[:, None, None, None]
     indices, mask = (a[0] for a in all_devices().pad_rows(rows[None], np.ones((1, rows.size), bool)))
-    sums = step(jnp.asarray(file["s"]), images, batch.labels, indices, mask)
+    sums = step({"logits": jnp.asarray(file["s"])}, images, batch.labels, indices, mask)
     for name, count in (("top1", "correct1"), ("top5", "correct5")):
         result.close(name, 100 * sums[count] / sums["count"], file[name].item(), rtol=1e-6)
 

@@ -42,11 +42,11 @@ class KeepLogits(KeepOutputs):
 
 @dataclasses.dataclass(frozen=True)
 class RecordedTeacher:
-    """A teacher whose variables are its logits (batches, N, K), the batches in turn."""
+    """A teacher whose only variable are its logits (batches, N, K), the batches in turn."""
 
-    def apply(self, variables: jax.Array, images: jax.Array, ctx: QuantContext) -> NetworkOutput:
+    def apply(self, variables: dict[str, jax.Array], images: jax.Array, ctx: QuantContext) -> NetworkOutput:
         """The logits of this step's batch."""
-        logits = variables[ctx.step % variables.shape[0]]
+        logits = variables["logits"][ctx.step % variables["logits"].shape[0]]
         return NetworkOutput(logits=logits, features=logits)
 
 
@@ -59,7 +59,7 @@ def check_trajectory(file: GoldenFile, result: Comparison) -> None:
     constants = Constants(
         images=images.reshape(-1, *images.shape[2:]),
         labels=jnp.zeros(images.shape[0] * images.shape[1], jnp.int32),
-        teacher=jnp.asarray(file["teacher_logits"]),
+        teacher={"logits": jnp.asarray(file["teacher_logits"])},
     )
     run = compile_train_steps(parts, all_devices())
     batches = np.arange(len(constants.labels), dtype=np.int32).reshape(images.shape[:2])
