@@ -97,7 +97,7 @@ def save(path: Path, program: Program, weights: Mapping[str, Weights], facts: Ma
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, default=int)
 
 
 class _Constants:

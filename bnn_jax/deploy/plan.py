@@ -1,0 +1,438 @@
+"""A program as the list of C structures that the kernels run, with the memory of all values."""
+
+import ctypes
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bnn_jax.deploy import fuse, layouts, native, reference
+from bnn_jax.deploy.graph import Codes, Node, Program, Shape, compute
+from bnn_jax.deploy.weights import PatternWeights, Weights
+
+Array = np.ndarray
+
+# The format in which each kind of product reads its input; elements of a pixel are those of that format.
+FORMATS = {
+    "float": "float",
+    "depthwise": "float",
+    "binary": "signs",
+    "codebook": "planes",
+    "bytes": "bytes",
+    "shorts": "shorts",
+}
+DTYPES = {"float": np.float32, "planes": np.int8, "bytes": np.uint8, "shorts": np.int16}
+# The byte that stands for four zeros, see kernels.c.
+FOUR_ZEROS = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a value lies in memory.
+
+    Attributes:
+      format: 'float', 'signs', 'planes', 'bytes' or 'shorts'.
+      shape: (H, W, C).
+      padding: rows and columns around it: (top, bottom, left, right).
+      codes: of 'bytes' and 'shorts'.
+      exact: whether pixels follow each other without gaps, as in images.
+    """
+
+    format: str
+    shape: tuple[int, int, int]
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    codes: Codes | None = None
+    exact: bool = False
+
+
+class Buffer:
+    """Memory of one value."""
+
+    def __init__(self, layout: Layout, batch: int, kernels: native.Kernels):
+        self.layout = layout
+        height, width, channels = layout.shape
+        top, bottom, left, right = layout.padding
+        self.elements = _elements(layout, kernels)
+        if layout.format == "planes":
+            # A column of zeros between rows and a row between images serve both sides.
+            row, image = width + 1, (width + 1) * (height + 1)
+            self.plane = layouts.round_up(batch * image + 2 * row + 2 * native.CODEBOOK_TILE, 64)
+            memory = layouts.aligned(np.zeros(channels * self.plane + 64, np.int8))
+            self._set(memory, row + 1, image, row, 1)
+            return
+        row, rows = (left + width + right) * self.elements, top + height + bottom
+        dtype = (np.uint8 if kernels.reads_nibbles else np.uint64) if layout.format == "signs" else DTYPES[layout.format]
+        zero = FOUR_ZEROS if layout.format == "signs" and kernels.reads_nibbles else 0
+        zero = -layout.codes.low if layout.format == "bytes" and layout.codes is not None else zero
+        # Kernels read up to two positions beyond the last.
+        slack = 16 * self.elements + 64
+        memory = layouts.aligned(np.full(batch * rows * row + slack, zero, dtype))
+        self._set(memory, top * row + left * self.elements, rows * row, row, self.elements)
+        self.plane = 0
+
+    def _set(self, memory: Array, origin: int, image: int, row: int, pixel: int) -> None:
+        self.memory = memory
+        self.tensor = native.CTensor(memory.ctypes.data + origin * memory.itemsize, image, row, pixel)
+        self._origin = origin
+
+    def view(self, batch: int) -> Array:
+        """The values as an array (N, H, W, C) of float32, without what lies between them."""
+        tensor, size = self.tensor, self.memory.itemsize
+        strides = (tensor.image * size, tensor.row * size, tensor.pixel * size, size)
+        shape = (batch, *self.layout.shape)
+        return np.lib.stride_tricks.as_strided(self.memory[self._origin :], shape, strides)
+
+
+def _elements(layout: Layout, kernels: native.Kernels) -> int:
+    """Elements of the format in one pixel."""
+    channels = layout.shape[2]
+    match layout.format:
+        case "float":
+            return channels if layout.exact else layouts.round_up(channels, 16)
+        case "signs":
+            return -(-channels // 4) if kernels.reads_nibbles else 2 * -(-channels // 64)
+        case "bytes":
+            return layouts.round_up(channels, 4)
+        case "shorts":
+            return layouts.round_up(channels, 2)
+    return channels
+
+
+class Layers:
+    """The weights of a network in the order the kernels read them; shared by all plans."""
+
+    def __init__(self, program: Program, weights: Mapping[str, Weights], kernels: native.Kernels):
+        self.weights, self.kernels = weights, kernels
+        self.products = {
+            index: fuse.product_of(node, weights[node.options["layer"]], instruction_set=kernels.name)
+            for index, node in enumerate(program.nodes)
+            if node.kind in ("conv", "dense")
+        }
+        self._laid_out: dict[tuple[int, int], tuple[Array, Array | None]] = {}
+
+    def laid_out(self, index: int, node: Node, elements: int) -> tuple[Array, Array | None]:
+        """Weights of a layer and, of a codebook, the rows of its patterns."""
+        key = (index, elements)
+        if key not in self._laid_out:
+            weights, rows = self._lay_out(self.products[index], node, elements)
+            self._laid_out[key] = layouts.aligned(weights), rows
+        return self._laid_out[key]
+
+    def _lay_out(self, product: str, node: Node, elements: int) -> tuple[Array, Array | None]:
+        layer, kernels = self.weights[node.options["layer"]], self.kernels
+        if product == "codebook":
+            assert isinstance(layer, PatternWeights)
+            offsets = layouts.codebook_offsets(layer.indices, len(layer.levels), native.CODEBOOK_TILE)
+            return offsets, layouts.codebook_rows(layer.levels)
+        if product in ("float", "depthwise"):
+            kernel = _four_axes(layer.kernel)
+            if product == "depthwise":
+                return layouts.depthwise_weights(kernel), None
+            kernel = _ungrouped(kernel, node.options.get("groups", 1))
+            return layouts.float_weights(kernel, kernels.float_tile, elements), None
+        assert layer.integers is not None
+        codes = _four_axes(layer.integers[0])
+        if product == "binary":
+            if kernels.reads_nibbles:
+                return layouts.nibble_weights(codes > 0), None
+            return layouts.word_weights(codes > 0, kernels.binary_tile), None
+        return layouts.integer_weights(codes, kernels.integer_tile, np.int8 if product == "bytes" else np.int16), None
+
+    def scale(self, index: int, node: Node) -> tuple[Array, Array] | None:
+        """Factor and summand that turn a layer's sums of integers into its output; None where they are that already."""
+        if self.products[index] in ("float", "depthwise"):
+            return None
+        layer, codes = self.weights[node.options["layer"]], node.options["codes"]
+        assert layer.integers is not None
+        integers, unit = layer.integers
+        scale = unit * np.float32(codes.scale)
+        if self.products[index] != "bytes" or codes.low == 0:
+            return scale, np.float32(0)
+        sums = integers.reshape(-1, integers.shape[-1]).sum(axis=0, dtype=np.int64)
+        return scale, (codes.low * sums * scale).astype(np.float32)
+
+
+def _four_axes(kernel: Array) -> Array:
+    return kernel if kernel.ndim == 4 else kernel[None, None]
+
+
+def _ungrouped(kernel: Array, groups: int) -> Array:
+    """A kernel of several groups as one with zeros between them."""
+    if groups == 1:
+        return kernel
+    height, width, num_in, num_out = kernel.shape
+    whole = np.zeros((height, width, num_in * groups, num_out), kernel.dtype)
+    each = num_out // groups
+    for g in range(groups):
+        whole[:, :, g * num_in : (g + 1) * num_in, g * each : (g + 1) * each] = kernel[..., g * each : (g + 1) * each]
+    return whole
+
+
+class Plan:
+    """A program for a number of images at once, ready to run.
+
+    Attributes:
+      batch: images of one run.
+    """
+
+    def __init__(self, program: Program, layers: Layers, *, batch: int):
+        self.batch, self._program, self._layers, self._kernels = batch, program, layers, layers.kernels
+        self._shapes = program.shapes({name: each.shape for name, each in layers.weights.items()})
+        self._consumers = program.consumers()
+        self._keep: list[Any] = []
+        self._buffers: dict[tuple[int, str], Buffer] = {}
+        self._free: dict[Layout, list[Buffer]] = {}
+        self._segments: list[tuple[str, Any]] = []
+        self._names: list[str] = []
+        self._build()
+
+    def run(self, images: Array, threads: int = 1) -> Array:
+        """Logits (N, K) of normalised images (N, H, W, C); N is at most ``batch``."""
+        inputs = self._buffers[(0, "float")].view(self.batch)
+        inputs[: len(images)] = images
+        for name, segment in self._segments:
+            if name == "host":
+                segment()
+            else:
+                self._kernels.run(segment, threads)
+        output = self._buffers[(len(self._program.nodes), "float")].view(self.batch)
+        return output[: len(images), 0, 0].copy()
+
+    def timed(self, images: Array, threads: int = 1) -> list[tuple[str, float]]:
+        """Names and seconds of the groups of operations, run one by one."""
+        import time
+
+        self.run(images, threads)
+        found: list[tuple[str, float]] = []
+        names = iter(self._names)
+        for name, segment in self._segments:
+            parts = [segment] if name == "host" else [type(segment[0] * 1)(each) for each in segment]
+            for part in parts:
+                started = time.perf_counter()
+                part() if name == "host" else self._kernels.run(part, threads)
+                found.append((next(names), time.perf_counter() - started))
+        return found
+
+    # ---- building ----
+
+    def _build(self) -> None:
+        groups = fuse.fuse(self._program, self._shapes)
+        place = {index: number for number, group in enumerate(groups) for index in group.nodes}
+        last = len(self._program.nodes)
+        self._readers = {
+            value: {place[index] for index in readers} | ({len(groups)} if value in (0, last) else set())
+            for value, readers in enumerate(self._consumers)
+        }
+        for layout in self._layouts(0, inside=None):
+            self._buffers[(0, layout.format)] = Buffer(layout, self.batch, self._kernels)
+        pending: list[native.COperation] = []
+        for number, group in enumerate(groups):
+            self._names.append(self._name(group))
+            if group.on_host:
+                self._flush(pending)
+                self._segments.append(("host", self._host(group.nodes[0])))
+            else:
+                pending.append(self._operation(group))
+            self._release(number)
+        self._flush(pending)
+
+    def _flush(self, pending: list[native.COperation]) -> None:
+        if pending:
+            self._segments.append(("kernels", (native.COperation * len(pending))(*pending)))
+            pending.clear()
+
+    def _name(self, group: fuse.Group) -> str:
+        nodes = [self._program.nodes[index] for index in group.nodes]
+        first = nodes[0].options.get("layer", nodes[0].kind)
+        product = self._layers.products.get(group.nodes[0])
+        return f"{first}{f' ({product})' if product else ''}"
+
+    def _release(self, number: int) -> None:
+        """Buffers whose last reader was the group of that number can be used again."""
+        for (value, form), buffer in list(self._buffers.items()):
+            if max(self._readers[value]) == number:
+                self._free.setdefault(buffer.layout, []).append(buffer)
+                del self._buffers[(value, form)]
+
+    def _image_shape(self, value: int) -> tuple[int, int, int]:
+        shape = self._shapes[value]
+        return shape if len(shape) == 3 else (1, 1, int(np.prod(shape)))  # type: ignore[return-value]
+
+    def _layouts(self, value: int, inside: int | None) -> list[Layout]:
+        """The layouts in which a value has to lie in memory: those its readers outside of its group want.
+
+        Args:
+          value: number of the value.
+          inside: the operation that reads it inside of the group, or None.
+        """
+        shape, found = self._image_shape(value), {}
+        wanted = [index for index in self._consumers[value] if index != inside]
+        for index in wanted:
+            node, product = self._program.nodes[index], self._layers.products.get(index)
+            form = FORMATS[product] if product else "float"
+            codes = node.options["codes"] if form in ("bytes", "shorts") else None
+            padding = (0, 0, 0, 0)
+            if product and node.kind == "conv" and form != "planes":
+                (top, bottom), (left, right) = node.options["padding"]
+                padding = (top, bottom, left, right)
+            found.setdefault((form, codes), []).append(padding)
+        if value == len(self._program.nodes) or value == 0:
+            found.setdefault(("float", None), []).append((0, 0, 0, 0))
+        return [
+            Layout(form, shape, tuple(map(max, zip(*paddings, strict=True))), codes, exact=value == 0)  # type: ignore[arg-type]
+            for (form, codes), paddings in found.items()
+        ]
+
+    def _allocate(self, value: int, layout: Layout) -> Buffer:
+        free = self._free.get(layout)
+        buffer = free.pop() if free else Buffer(layout, self.batch, self._kernels)
+        self._buffers[(value, layout.format)] = buffer
+        return buffer
+
+    def _host(self, index: int) -> Callable[[], None]:
+        """An operation that numpy does."""
+        node, value = self._program.nodes[index], index + 1
+        inputs = [self._buffers[(each, "float")] for each in node.inputs]
+        shapes = [self._shapes[each] for each in node.inputs]
+        outputs = [self._allocate(value, layout) for layout in self._layouts(value, inside=None)]
+        if any(buffer.layout.format != "float" for buffer in outputs):
+            raise ValueError(f"operation {node.kind}: its result is multiplied as small integers")
+
+        def run() -> None:
+            arrays = [b.view(self.batch).reshape(self.batch, *s) for b, s in zip(inputs, shapes, strict=True)]
+            result = compute(np, node, arrays, _no_product, reference.pool)
+            for buffer in outputs:
+                buffer.view(self.batch)[...] = result.reshape(self.batch, *buffer.layout.shape)
+
+        return run
+
+    def _operation(self, group: fuse.Group) -> native.COperation:
+        first = group.nodes[0]
+        node = self._program.nodes[first]
+        operation = self._source(first, node, loads=group.loads)
+        steps: list[native.CStep] = []
+        if not group.loads and first in self._layers.products:
+            scaled = self._layers.scale(first, node)
+            if scaled is not None:
+                steps.append(self._step("affine", operation.channels, first=scaled[0], second=scaled[1]))
+        for position, index in enumerate(group.nodes):
+            following = group.nodes[position + 1] if position + 1 < len(group.nodes) else None
+            outputs = [self._allocate(index + 1, each) for each in self._layouts(index + 1, inside=following)]
+            if (position or group.loads) and not self._needless(index, outputs, following):
+                before = group.nodes[position - 1] + 1 if position else node.inputs[0]
+                steps.append(self._follower(self._program.nodes[index], before, operation.channels))
+            steps += [self._store(buffer) for buffer in outputs]
+        operation.steps = (native.CStep * len(steps))(*steps)
+        operation.step_count = len(steps)
+        self._keep += [operation.steps, steps]
+        return operation
+
+    def _needless(self, index: int, outputs: list[Buffer], following: int | None) -> bool:
+        """Whether a sign is only stored as a sign, which storing does by itself."""
+        is_sign = self._program.nodes[index].kind == "sign"
+        return is_sign and following is None and all(b.layout.format in ("signs", "planes") for b in outputs)
+
+    def _source(self, index: int, node: Node, *, loads: bool) -> native.COperation:
+        value = node.inputs[0]
+        height, width, channels = self._image_shape(value if loads else index + 1)
+        input_shape, product = self._image_shape(value), None if loads else self._layers.products.get(index)
+        buffer = self._buffers[(value, FORMATS[product] if product else "float")]
+        operation = native.COperation(batch=self.batch, height=height, width=width, channels=channels)
+        operation.input, operation.kernel_height, operation.kernel_width = buffer.tensor, 1, 1
+        operation.stride_y = operation.stride_x = 1
+        operation.input_height, operation.input_width, operation.input_channels = input_shape
+        if product:
+            self._describe_product(operation, index, node, product, buffer)
+        else:
+            self._describe_move(operation, node, input_shape, loads=loads)
+        return operation
+
+    def _describe_product(
+        self, operation: native.COperation, index: int, node: Node, product: str, buffer: Buffer
+    ) -> None:
+        layer = self._layers.weights[node.options["layer"]]
+        weights, rows = self._layers.laid_out(index, node, buffer.elements)
+        operation.source = native.SOURCES.index(f"conv_{product}")
+        operation.weights, operation.input_channels = weights.ctypes.data, buffer.elements
+        self._keep += [weights, rows]
+        if node.kind == "conv":
+            operation.kernel_height, operation.kernel_width = layer.shape[:2]
+            operation.stride_y, operation.stride_x = node.options["strides"]
+            (operation.pad_top, _), (operation.pad_left, _) = node.options["padding"]
+        else:
+            # Images side by side, so that weights are read once for several of them.
+            operation.batch, operation.width = 1, self.batch
+            operation.input = native.CTensor(buffer.tensor.data, 0, 0, buffer.tensor.image)
+        if product == "codebook":
+            operation.shift, operation.patterns = buffer.plane, len(layer.levels)  # type: ignore[union-attr]
+            operation.chunk, operation.codebook = layouts.codebook_chunk(layer.shape[2]), rows.ctypes.data  # type: ignore[union-attr]
+        if product == "bytes":
+            codes = node.options["codes"]
+            largest = max(1, int(np.abs(layer.integers[0]).max()) * (codes.high - codes.low))  # type: ignore[index]
+            operation.chunk = 32767 // (2 * largest)
+
+    def _describe_move(
+        self, operation: native.COperation, node: Node, shape: tuple[int, int, int], *, loads: bool
+    ) -> None:
+        kind, options = ("load" if loads else node.kind), node.options
+        source = {"max_pool": "pool_max", "sum_pool": "pool_sum", "sum": "pool_sum"}.get(kind, "load")
+        operation.source = native.SOURCES.index(source)
+        if kind in ("max_pool", "sum_pool"):
+            operation.kernel_height, operation.kernel_width = options["window"]
+            operation.stride_y, operation.stride_x = options["strides"]
+            (operation.pad_top, _), (operation.pad_left, _) = options["padding"]
+        elif kind == "sum":
+            operation.kernel_height, operation.kernel_width = shape[:2]
+        elif kind == "slice":
+            operation.stride_y, operation.stride_x = options["step"][:2]
+            operation.pad_top, operation.pad_left = -options["start"][0], -options["start"][1]
+        elif kind == "pad":
+            operation.shift = options["low"][-1]
+
+    def _follower(self, node: Node, value: int, channels: int) -> native.CStep:
+        """The step of an operation that follows the value in its group."""
+        options = node.options
+        match node.kind:
+            case "affine":
+                scale, offset = options.get("scale", np.float32(1)), options.get("offset", np.float32(0))
+                return self._step("affine", channels, first=scale, second=offset)
+            case "divide":
+                return self._step("divide", channels, first=options["by"], rest=1.0)
+            case "prelu":
+                return self._step("prelu", channels, first=options["slope"])
+            case "threshold":
+                return self._step("threshold", channels, first=options["at"], second=options["below"], rest=np.inf)
+            case "clip":
+                step = self._step("clip", channels)
+                step.low, step.high = options.get("low", -np.inf), options.get("high", np.inf)
+                return step
+            case "add":
+                other = next(each for each in (*node.inputs[::-1],) if each != value)
+                step = self._step("add", channels)
+                step.tensor = self._buffers[(other, "float")].tensor
+                return step
+        return self._step(node.kind, channels)
+
+    def _step(self, kind: str, channels: int, *, first: Any = None, second: Any = None, rest: float = 0.0) -> Any:
+        """A step with constants per channel; ``rest`` fills those beyond the last channel."""
+        step = native.CStep(kind=native.STEPS.index(kind))
+        for name, value, fill in (("first", first, rest), ("second", second, -rest if rest == np.inf else 0.0)):
+            if value is not None:
+                constants = np.full(layouts.round_up(channels, 64), fill, np.float32)
+                constants[:channels] = value
+                self._keep.append(constants)
+                setattr(step, name, constants.ctypes.data)
+        return step
+
+    def _store(self, buffer: Buffer) -> native.CStep:
+        layout = buffer.layout
+        step = native.CStep(kind=native.STEPS.index(f"store_{layout.format}"), plane=buffer.plane)
+        step.tensor = buffer.tensor
+        if layout.codes is not None:
+            step.low, step.high = 1 / layout.codes.scale, layout.codes.low
+        return step
+
+
+def _no_product(x: Array, node: Node) -> Array:
+    raise ValueError(f"operation {node.kind} is no operation for numpy here")
