@@ -11,7 +11,7 @@ axis of every value. The kinds of operations and their options are the table ``K
   clip        low, high                                  either may be absent
   prelu       slope                                      x where x > 0, else slope * x
   round, round_away, floor, sign, abs                    ties to even; ties away from zero; ...
-  threshold   at, below                                  +1 where x >= at, -1 where x <= below, else 0
+  threshold   at, below, sign                            +1 where x >= at, -1 where x <= below, else 0; times sign
   max_pool, sum_pool   window, strides, padding          padding counts as -infinity, as 0
   sum                                                    (H, W, C) -> (C,)
   reshape     shape
@@ -210,7 +210,7 @@ KINDS: dict[str, Kind] = {
     "clip": Kind(1, _SAME, {"low": "floats", "high": "floats"}),
     "prelu": Kind(1, _SAME, {"slope": "floats"}),
     **{name: Kind(1, _SAME, {}) for name in ("round", "round_away", "floor", "sign", "abs")},
-    "threshold": Kind(1, _SAME, {"at": "floats", "below": "floats"}),
+    "threshold": Kind(1, _SAME, {"at": "floats", "below": "floats", "sign": "floats"}),
     "max_pool": Kind(1, _pool_shape, _POOL),
     "sum_pool": Kind(1, _pool_shape, _POOL),
     "sum": Kind(1, _sum_shape, {}),
@@ -256,7 +256,8 @@ def compute(xp: Any, node: Node, inputs: list[Array], convolve: Callable[[Array,
         case "round" | "floor" | "sign" | "abs":
             return getattr(xp, node.kind)(x)
         case "threshold":
-            return xp.subtract(x >= options["at"], x <= options["below"], dtype=np.float32)
+            signs = (x >= options["at"]).astype(np.float32) - (x <= options["below"]).astype(np.float32)
+            return signs * options["sign"] if "sign" in options else signs
         case _:
             return _move(xp, node, inputs)
 

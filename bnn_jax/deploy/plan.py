@@ -321,7 +321,11 @@ class Plan:
             outputs = [self._allocate(index + 1, each) for each in self._layouts(index + 1, inside=following)]
             if (position or group.loads) and not self._needless(index, outputs, following):
                 before = group.nodes[position - 1] + 1 if position else node.inputs[0]
-                steps.append(self._follower(self._program.nodes[index], before, operation.channels))
+                following_node = self._program.nodes[index]
+                steps.append(self._follower(following_node, before, operation.channels))
+                if "sign" in following_node.options:
+                    sign = following_node.options["sign"]
+                    steps.append(self._step("negate_some", operation.channels, first=sign))
             steps += [self._store(buffer) for buffer in outputs]
         operation.steps = (native.CStep * len(steps))(*steps)
         operation.step_count = len(steps)

@@ -1,8 +1,6 @@
 """Patterns of operations that are one operation of the format, and the removal of what no output depends on."""
 
 import dataclasses
-from typing import Any
-
 import numpy as np
 
 from bnn_jax.deploy.graph import Node
@@ -25,7 +23,7 @@ def simplify(nodes: list[Node], output: int) -> list[Node]:
     for rewrite in (_rectifier, _round_away, _merge):
         for index in range(len(nodes)):
             nodes[index] = rewrite(nodes, index)
-    nodes = _used(nodes, output)
+    nodes = used(nodes, output)
     for node in nodes:
         if node.kind in TEMPORARY:
             raise ValueError("export: the network compares values in a way that files do not have")
@@ -84,7 +82,8 @@ def _merge(nodes: list[Node], index: int) -> Node:
     return node
 
 
-def _used(nodes: list[Node], output: int) -> list[Node]:
+def used(nodes: list[Node], output: int) -> list[Node]:
+    """The operations that a value depends on, numbered anew."""
     needed, keep = {output}, []
     for index in range(len(nodes) - 1, -1, -1):
         if index + 1 in needed:

@@ -15,6 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax.deploy.fold import fold_thresholds
 from bnn_jax.deploy.graph import Codes, Node, Program
 from bnn_jax.deploy.simplify import simplify
 from bnn_jax.deploy.weights import FloatWeights, LevelWeights, PatternWeights, Weights
@@ -70,7 +71,7 @@ def trace(
     nodes = simplify(reader.nodes, output)
     used = {node.options["layer"] for node in nodes if "layer" in node.options}
     weights = {path: layer.weights for path, layer in layers.items() if path in used and layer.weights is not None}
-    return Program(image_shape=image_shape, nodes=tuple(nodes)), weights
+    return fold_thresholds(Program(image_shape=image_shape, nodes=tuple(nodes)), weights), weights
 
 
 def _interceptor(layers: dict[str, _Layer]) -> Callable:
@@ -136,9 +137,13 @@ def _level_weights(indices: np.ndarray, levels: np.ndarray, scale: np.ndarray, s
     """With the fewest bits of an index, but never fewer than the network's description says."""
     bits = int(stored_bits) if stored_bits == int(stored_bits) else 0
     zero = int(np.argmin(np.abs(levels)))
-    if len(levels) == 2**bits + 1 and levels[zero] == 0 and not np.any(indices == zero):
-        # A level for weights that are exactly 0, of which there are none.
-        indices, levels = indices - (indices > zero), np.delete(levels, zero)
+    if bits and len(levels) == 2**bits + 1 and levels[zero] == 0:
+        # A level for weights that are exactly 0: there are none, or they are whole filters, whose scale can be 0.
+        zeros = indices == zero
+        filters = zeros.reshape(-1, zeros.shape[-1]).all(axis=0)
+        if np.array_equal(zeros, np.broadcast_to(filters, zeros.shape)):
+            indices, levels = np.where(zeros, 0, indices - (indices > zero)), np.delete(levels, zero)
+            scale = np.where(filters, np.float32(0), scale) if filters.any() else scale
     if bits and len(levels) > 2**bits:
         bits = int(len(levels) - 1).bit_length()
     return LevelWeights(indices.astype(np.uint16), levels, scale, bits)
