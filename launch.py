@@ -1,5 +1,6 @@
 """Command line of bnn_jax: train, evaluate, summarise and report the run a config describes."""
 
+import os
 import signal
 import sys
 import traceback
@@ -11,7 +12,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --config=FILE          config, e.g. configs/quickstart.py; FILE:smoke runs two steps per epoch
                          on generated images, FILE:smoke_real on a few of its own data set
   --config.KEY=VALUE     replaces one value, e.g. --config.train.batch_size=64
-                         --config.data.data_dir=DIR  (keys: configs/common.py)
+                         --config.data.data_dir=DIR  (all keys: --help-config)
   --workdir=DIR          run folder (default runs/<config name>)
   --mode=MODE            train      train all stages; skips finished, goes on with interrupted ones
                          evaluate   accuracy on the test images
@@ -24,6 +25,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --fresh                train: move an existing run folder aside and start anew
   --json                 one JSON object as the last line
   --help                 this text
+  --help-config          all keys of a config: default, meaning, accepted values
 
 on several processes (hosts): train and evaluate; the same command in each of them
   under SLURM (srun), Open MPI and in a Kubernetes JobSet they find each other; elsewhere:
@@ -45,32 +47,41 @@ def main(argv: Sequence[str]) -> int:
     if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
         print(USAGE, end="")
         return 0
+    if any(argument in ("--help-config", "--help_config") for argument in argv[1:]):
+        from bnn_jax.experiment.config import describe_keys
+
+        try:
+            print(describe_keys(), flush=True)
+        except BrokenPipeError:
+            # Its reader, such as ``head``, has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     from bnn_jax import command_line, hosts
     from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError
 
+    group = hosts.Group()
     try:
-        command_line.run(command_line.parse(argv))
+        command_line.run(command_line.parse(argv), group)
     except Interrupted as stopped:
-        return hosts.finish(128 + stopped.signal_number, str(stopped))
+        return group.finish(128 + stopped.signal_number, str(stopped))
     except UserError as error:
-        return hosts.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
+        return group.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
     except KeyboardInterrupt:
         message = "stopped; what was saved is kept, the same command goes on from there"
-        return hosts.fail(128 + signal.SIGINT, message, label="")
+        return group.fail(128 + signal.SIGINT, message, label="")
     except Exception as error:
-        if hosts.is_lost_contact(error):
-            hosts.lose_contact(error)
+        group.end_if_lost(error)
         if isinstance(error, OSError):
             # A full disk, mostly: mistakes about files that can be foreseen are UserErrors.
-            from bnn_jax.experiment.run_folder import describe_os_error
+            from bnn_jax.experiment.folder import describe_os_error
 
             where = f"{error.filename}: " if error.filename else ""
-            return hosts.fail(2, f"{where}{describe_os_error(error)}")
-        if hosts.count() == 1:
+            return group.fail(2, f"{where}{describe_os_error(error)}")
+        if group.is_alone:
             raise
         traceback.print_exc()
-        return hosts.fail(1, f"{type(error).__name__}, see above")
-    return hosts.finish(0, None)
+        return group.fail(1, f"{type(error).__name__}, see above")
+    return group.finish(0, None)
 
 
 if __name__ == "__main__":

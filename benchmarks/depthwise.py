@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.layers.conv import LAYOUT
 from bnn_jax.ops.depthwise import depthwise_convolution
 

@@ -34,11 +34,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bnn_jax import data
-from bnn_jax.data import crops, imagenet, resize_imagenet, tfds_source
+from bnn_jax.data import augment, prepare, tfds
 from bnn_jax.data.order import Purpose, random_bits
-from bnn_jax.data.streaming import BATCHES_AHEAD, StreamedSplit, available_cores
+from bnn_jax.data.stream import BATCHES_AHEAD, StreamedSplit, available_cores
 from bnn_jax.errors import UserError
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.stages import DataSpec
 
 ALONE = "pillow alone"
@@ -55,16 +55,16 @@ class Timing(NamedTuple):
     cpu: float
 
 
-def alone(contents: list[bytes | np.ndarray], count: int, size: int, *, decoder: str, training: bool) -> Timing:
+def alone(contents: list[bytes], count: int, size: int, *, decoder: str, training: bool) -> Timing:
     """A loop over files in memory."""
-    bits = [random_bits(*RANDOM_CROPS, purpose=Purpose.CROP, count=crops.NUM_DRAWS, item=n) for n in range(count)]
+    bits = [random_bits(*RANDOM_CROPS, purpose=Purpose.CROP, count=augment.NUM_DRAWS, item=n) for n in range(count)]
     started, cpu_started = time.perf_counter(), time.process_time()
     for number in range(count):
         content = contents[number % len(contents)]
         if training:
-            crops.training_image(content, size, bits[number], decoder=decoder)
+            augment.training_image(content, size, bits[number], decoder=decoder)
         else:
-            crops.evaluation_image(content, size)
+            augment.evaluation_image(content, size)
     return Timing(count, time.perf_counter() - started, time.process_time() - cpu_started)
 
 
@@ -129,7 +129,7 @@ def sides_of(options: argparse.Namespace, resized: str | None) -> dict[str, dict
 def crops_with_opencv() -> bool:
     """Whether OpenCV is installed."""
     try:
-        crops.opencv()
+        augment.opencv()
     except UserError:
         return False
     return True
@@ -185,11 +185,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 def run(options: argparse.Namespace, temporary: str) -> dict[str, Any]:
     """Measures all sides; the result is what --json writes."""
     resized = options.resized
-    if resized is None and len(imagenet.open_tfds("train", options.data_dir)) <= MOST_RESIZED:
+    if resized is None and len(tfds.open_records("imagenet2012", "train", options.data_dir)) <= MOST_RESIZED:
         resized = temporary
-        with tfds_source.progress_bar(sys.stderr.isatty()) as bar:
-            data_dir = tfds_source.absolute_data_dir(options.data_dir)
-            resize_imagenet.prepare(data_dir, Path(temporary), workers=1, bar=bar)
+        data_dir = tfds.absolute_data_dir(options.data_dir)
+        prepare.prepare_imagenet(data_dir, Path(temporary), progress=sys.stderr.isatty())
     load = os.getloadavg()[0]
     rows = measure(sides_of(options, resized), options.rounds)
     settings = {name: value for name, value in vars(options).items() if name not in ("data_dir", "resized", "json")}

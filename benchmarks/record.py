@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.training import metrics
 
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Run, assemble, initial_variables
 from bnn_jax.experiment.config import validate
 from bnn_jax.training.devices import all_devices

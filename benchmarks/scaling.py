@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = (

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bnn_jax import data, networks
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.experiment import run_folder, start
+from bnn_jax.experiment import folder as run_folder
+from bnn_jax.experiment import start
 from bnn_jax.methods.basq import quant_spec
 from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.stages import DataSpec, spec

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Assembly, Run, assemble, initial_state
 from bnn_jax.experiment.config import validate
 from bnn_jax.training.devices import all_devices

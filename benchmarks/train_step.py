@@ -31,7 +31,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax.experiment import run_folder
+from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Run, assemble, initial_variables, make_evaluator
 from bnn_jax.experiment.config import validate
 from bnn_jax.quantizers import QuantContext
@@ -120,7 +120,7 @@ class LoopSide:
 
     def run(self) -> tuple[float, int]:
         """Seconds and images of one epoch."""
-        progress = Progress("benchmark", total_steps=10**9, start_step=0, epochs=10**6)
+        progress = Progress("benchmark", total=10**9)
         started = time.perf_counter()
         clock = EpochClock()
         self.state = self.loop._train_epoch(self.state, self.epoch, clock, progress, StopRequest())

@@ -4,6 +4,7 @@ Results go to stdout, the log of the work to stderr. With ``--json`` the last li
 """
 
 import collections
+import functools
 import importlib.util
 import json
 import sys
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from bnn_jax import hosts
 from bnn_jax.errors import UserError
-from bnn_jax.experiment.config import flatten, suggest, validate
+from bnn_jax.experiment.config import SECTIONS, flatten, keys_of, suggest, validate
 
 MODES = ("train", "evaluate", "summary", "report")
 
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str]) -> Any:
         values = _define_flags(config, argv)
         rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
-        raise UserError(_describe_illegal_value(one_line(error), config)) from None
+        raise UserError(_describe_illegal_value(one_line(error))) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"command line: {one_line(error)}; --help lists the options") from None
     if rest:
@@ -144,16 +145,11 @@ def _last_overrides(argv: Sequence[str], config: ConfigDict) -> list[str]:
     return [argv[0], *overrides.values(), *rest]
 
 
-def _describe_illegal_value(message: str, config: ConfigDict) -> str:
-    """Adds the accepted type to absl's message about a value of the wrong type."""
-    name = message.removeprefix("flag --").partition("=")[0]
-    if not name.startswith("config."):
-        return f"command line: {message}"
-    *sections, key = name.removeprefix("config.").split(".")
-    place: Any = config
-    for section in sections:
-        place = place[section]
-    return f"{message.removeprefix('flag ')}: accepted is {place.get_type(key).__name__}"
+def _describe_illegal_value(message: str) -> str:
+    """Adds what is accepted to absl's message about a value of the wrong type."""
+    flag = message.removeprefix("flag ")
+    key = keys_of(SECTIONS).get(flag.removeprefix("--config.").partition("=")[0])
+    return f"command line: {message}" if key is None else f"{flag}: accepted is {key.describe()}"
 
 
 def peers_of(values: Any) -> hosts.Peers | None:
@@ -184,11 +180,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run(values: Any) -> None:
+def run(values: Any, group: hosts.Group) -> None:
     """Does what the flags ask for, and prints the result.
 
     Args:
       values: what ``parse`` returned.
+      group: joins the other processes, if there are any.
 
     Raises:
       UserError: bad input.
@@ -198,13 +195,14 @@ def run(values: Any) -> None:
     peers = peers_of(values)
     if peers is not None:
         # Before anything looks for devices.
-        hosts.connect(peers)
+        group.connect(peers)
         _check_same_command(values, config)
     # Only now: importing jax takes seconds, and a mistake should show at once.
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.build import Run
 
-    job = pipeline.Run(config, Path(values.workdir or Path("runs") / config["name"]))
-    modes = {"train": _train, "evaluate": _evaluate, "summary": _summary, "report": _report}
+    job = Run(config, Path(values.workdir or Path("runs") / config["name"]))
+    train = functools.partial(_train, group=group)
+    modes = {"train": train, "evaluate": _evaluate, "summary": _summary, "report": _report}
     result = modes[values.mode](job, values)
     if values.json and hosts.is_first():
         print(json.dumps(result), flush=True)
@@ -216,24 +214,25 @@ def _check_same_command(values: Any, config: dict[str, Any]) -> None:
     hosts.same_everywhere("command", {**options, "config": flatten(config)})
 
 
-def _train(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+def _train(job: Any, values: Any, *, group: hosts.Group) -> dict[str, Any]:
+    from bnn_jax.experiment.results import winners
+    from bnn_jax.experiment.train import train
     from bnn_jax.report import tables
 
     if hosts.is_first():
         tables.show(tables.stages_table(job.stages), file=sys.stderr)
-    result = {"stages": pipeline.train(job, from_stage=values.stage, fresh=values.fresh)}
+    result = {"stages": train(job, from_stage=values.stage, fresh=values.fresh, group=group)}
     if hosts.is_first():
         tables.show(tables.results_table(result["stages"]))
-        _show_winners(pipeline.winners(job), result)
+        _show_winners(winners(job), result)
     return result
 
 
 def _evaluate(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.evaluate import evaluate
 
     checkpoint = Path(values.checkpoint) if values.checkpoint else None
-    result = pipeline.evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
+    result = evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
     if hosts.is_first():
         name = values.stage or result["stage"]
         for row in result.get("seeds", ()):
@@ -254,22 +253,23 @@ def _evaluated(result: dict[str, Any]) -> str:
 
 
 def _summary(job: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.summary import summary
     from bnn_jax.report import tables
 
     name = values.stage or job.stages[-1].name
-    costs = pipeline.summary(job, stage_name=name)
-    tables.show(costs.table())
+    costs = summary(job, stage_name=name)
+    tables.show(tables.costs_table(costs))
     return {"stage": name, **costs.to_json()}
 
 
 def _report(job: Any, _: Any) -> dict[str, Any]:
-    from bnn_jax.experiment import pipeline
+    from bnn_jax.experiment.report import report
+    from bnn_jax.experiment.results import winners
     from bnn_jax.report import tables
 
-    result = pipeline.report(job)
+    result = report(job)
     tables.show(tables.results_table(result["stages"]))
-    _show_winners(pipeline.winners(job), result)
+    _show_winners(winners(job), result)
     for path in result["pictures"]:
         print(f"picture: {path}")
     return result

@@ -6,11 +6,13 @@ for a training step. On one process every function here is trivial, and nothing 
 """
 
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,18 +30,38 @@ FAILURE_SECONDS = 1.0
 ACKNOWLEDGE_SECONDS = 10.0
 # One question to the coordination service; asked again until there is an answer or the service is gone.
 QUESTION_SECONDS = 60
+FAILURE = "bnn_jax/failure"
 # What errors of a connection to another process contain, whoever raises them.
-CONNECTION_PHRASES = (
-    "gloo",
-    "nccl",
-    "connection closed",
-    "connection reset",
-    "connection refused",
-    "unavailable:",
-    "deadline_exceeded",
-    "coordination",
-    "heartbeat",
+CONNECTION_PHRASES = re.compile(
+    "gloo|nccl|connection (closed|reset|refused)|unavailable:|deadline_exceeded|coordination|heartbeat", re.IGNORECASE
 )
+# Whether the code that runs belongs to a decision of the first process.
+_DECIDING = contextvars.ContextVar("deciding", default=False)
+
+
+def _service() -> Any:
+    """The state of ``jax.distributed``: its client passes messages between processes. jax has no public name for it."""
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def is_first() -> bool:
+    """Whether this is the process that decides, writes and prints."""
+    return index() == 0
+
+
+def index() -> int:
+    """Number of this process, from 0."""
+    return _service().process_id
+
+
+def count() -> int:
+    """Number of processes."""
+    return _service().num_processes
+
+
+# ---- finding each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,50 +83,6 @@ class Peers:
     connect_seconds: int = 300
 
 
-@dataclasses.dataclass
-class _Group:
-    """This process among the others.
-
-    Attributes:
-      index: number of this process.
-      count: number of processes.
-      questions: decisions shared so far, the same number everywhere.
-      deciding: whether the first process is inside of a decision.
-      saved: tells what is saved, for the message about a lost process.
-      ending: set when the process ends by itself.
-      watch: the thread that looks for a failure elsewhere.
-    """
-
-    index: int = 0
-    count: int = 1
-    questions: int = 0
-    deciding: bool = False
-    saved: Callable[[], str] = lambda: "the last checkpoint"
-    ending: threading.Event = dataclasses.field(default_factory=threading.Event)
-    watch: threading.Thread | None = None
-
-
-_group = _Group()
-
-
-def is_first() -> bool:
-    """Whether this is the process that decides, writes and prints."""
-    return _group.index == 0
-
-
-def index() -> int:
-    """Number of this process, from 0."""
-    return _group.index
-
-
-def count() -> int:
-    """Number of processes."""
-    return _group.count
-
-
-# ---- finding each other
-
-
 def peers(
     *, coordinator: str | None, count: int | None, index: int | None, heartbeat_seconds: int, connect_seconds: int
 ) -> Peers | None:
@@ -123,9 +101,8 @@ def peers(
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
-    if missing:
+    if coordinator is None or count is None or index is None:
         raise UserError(f"{', '.join(missing)}: missing; --coordinator, --num_processes and --process_id go together")
-    assert coordinator is not None and count is not None and index is not None  # none is missing
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={coordinator}: accepted is HOST:PORT of the first process, e.g. node1:55527")
@@ -148,52 +125,7 @@ def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
     if "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
     in_job = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
-    if in_job and importlib.util.find_spec("kubernetes") is not None:
-        return "Kubernetes"
-    return None
-
-
-def connect(peers: Peers) -> None:
-    """Joins the other processes; before any use of a device.
-
-    Raises:
-      UserError: they cannot be joined.
-    """
-    import jax
-
-    # Its handler would swallow a SIGTERM that comes before training; this library has one of its own.
-    jax.config.update("jax_enable_preemption_service", False)
-    where = peers.coordinator or "the coordinator that the launcher names"
-    message = (
-        f"process {'?' if peers.index is None else peers.index}: not all processes met at {where} within "
-        f"{peers.connect_seconds} s; --connect_seconds says how long to wait"
-    )
-    with _abort_says(lambda: message, status=2):
-        try:
-            jax.distributed.initialize(
-                peers.coordinator,
-                peers.count,
-                peers.index,
-                cluster_detection_method="deactivate" if peers.coordinator else None,
-                initialization_timeout=peers.connect_seconds,
-                heartbeat_timeout_seconds=peers.heartbeat_seconds,
-            )
-        except Exception as error:
-            # From sockets, from the cluster's interface or from jax: of any type.
-            raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
-    state = _service()
-    _group.index, _group.count = state.process_id, state.num_processes
-    if _group.count > 1:
-        _set_abort_handler(_lost_message, status=1)
-        _group.watch = threading.Thread(target=_watch, name="watch", daemon=True)
-        _group.watch.start()
-
-
-def _service() -> Any:
-    """The state of ``jax.distributed``: its client passes messages between processes. jax has no public name for it."""
-    from jax._src import distributed
-
-    return distributed.global_state
+    return "Kubernetes" if in_job and importlib.util.find_spec("kubernetes") is not None else None
 
 
 # ---- deciding together
@@ -202,7 +134,7 @@ def _service() -> Any:
 def from_first(name: str, decide: Callable[[], Value]) -> Value:
     """Runs a function on the first process and gives its result to all, in the order of the calls.
 
-    An error on the first process is raised there; the others end with it (see ``fail``).
+    An error on the first process is raised there; the others end with it (see ``Group.fail``).
 
     Args:
       name: of the decision, to find processes that do not run the same program.
@@ -212,32 +144,32 @@ def from_first(name: str, decide: Callable[[], Value]) -> Value:
     Returns:
       The result; on the others as JSON gives it back (lists for tuples).
     """
-    if _group.count == 1 or _group.deciding:
+    if count() == 1 or _DECIDING.get():
         return decide()
-    client, key = _service().client, f"bnn_jax/decision/{_group.questions}"
-    _group.questions += 1
+    import jax
+
+    client = _service().client
+    # The service counts the decisions of each process; they are numbered in the same way everywhere.
+    key = f"bnn_jax/decision/{client.key_value_increment(f'bnn_jax/decisions_of/{index()}', 1)}"
     if is_first():
-        _group.deciding = True
+        token = _DECIDING.set(True)
         try:
             result = decide()
         finally:
-            _group.deciding = False
+            _DECIDING.reset(token)
         client.key_value_set(key, json.dumps({"name": name, "result": result}))
         return result
-    answer = json.loads(_wait_for(lambda: client.blocking_key_value_get(key, QUESTION_SECONDS * 1000)))
-    if answer["name"] != name:
-        raise RuntimeError(f"process {_group.index} asks for {name!r} where process 0 decides {answer['name']!r}")
-    return answer["result"]
-
-
-def _wait_for(ask: Callable[[], str]) -> str:
-    """Asks until there is an answer; a first process that is gone ends the waiting by its own."""
     while True:
+        # A first process that is gone ends the waiting with another error, or ends this process.
         try:
-            return ask()
-        except Exception as error:
+            answer = json.loads(client.blocking_key_value_get(key, QUESTION_SECONDS * 1000))
+            break
+        except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+    if answer["name"] != name:
+        raise RuntimeError(f"process {index()} asks for {name!r} where process 0 decides {answer['name']!r}")
+    return answer["result"]
 
 
 def same_everywhere(name: str, value: Any) -> None:
@@ -269,139 +201,191 @@ def values_of_first(tree: Any) -> Any:
     Two accelerators may round differently what each computes for itself, such as a start from statistics of images;
     copies of the state that differ would never meet again.
     """
-    if _group.count == 1:
+    if count() == 1:
         return tree
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    def share(leaf: Any) -> Any:
-        host = np.asarray(leaf)
-        # As bytes: the sum behind the broadcast would change the sign of a zero.
-        data = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
-        return np.asarray(multihost_utils.broadcast_one_to_all(data)).view(host.dtype).reshape(host.shape)
-
-    return jax.tree.map(share, tree)
+    # As bytes: the sum behind the broadcast would change the sign of a zero.
+    host = jax.tree.map(np.asarray, tree)
+    data = jax.tree.map(lambda leaf: np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), host)
+    shared = multihost_utils.broadcast_one_to_all(data)
+    return jax.tree.map(lambda leaf, raw: np.asarray(raw).view(leaf.dtype).reshape(leaf.shape), host, shared)
 
 
 # ---- ending
 
 
-def on_loss(saved: Callable[[], str]) -> None:
-    """Sets what tells, if a process is lost, where a new start goes on."""
-    _group.saved = saved
+class Group:
+    """How this process joins the others, and how it ends: alone, with them, or because one of them is gone.
 
-
-def finish(status: int, message: str | None) -> int:
-    """Ends what all processes end together; the first one says it.
-
-    Args:
-      status: exit status, the same everywhere.
-      message: line for stderr, or None.
-
-    Returns:
-      The status.
+    Attributes:
+      goes_on_from: tells where the same command goes on, for the message of a process that ends early.
     """
-    if message is not None and is_first():
-        print(message, file=sys.stderr, flush=True)
-    # Until the first one is here, who may still write, it may fail.
-    from_first("end", lambda: status)
-    _group.ending.set()
-    if _group.watch is not None:
-        _group.watch.join()
+
+    def __init__(self) -> None:
+        self.goes_on_from: Callable[[], str] = lambda: "the last checkpoint"
+        self._ended = threading.Event()
+        # Looks for a failure elsewhere; None while this process is alone.
+        self._watch: threading.Thread | None = None
+        self._abort_handler: Any = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self._watch is None
+
+    def connect(self, peers: Peers) -> None:
+        """Joins the other processes; before any use of a device.
+
+        Raises:
+          UserError: they cannot be joined.
+        """
         import jax
 
-        # Waits for the others, who are at the same place.
-        jax.distributed.shutdown()
-        _set_abort_handler(None)
-    return status
+        # Its handler would swallow a SIGTERM that comes before training; this library has one of its own.
+        jax.config.update("jax_enable_preemption_service", False)
+        where = peers.coordinator or "the coordinator that the launcher names"
+        too_late = (
+            f"error: process {'?' if peers.index is None else peers.index}: not all processes met at {where} within "
+            f"{peers.connect_seconds} s; --connect_seconds says how long to wait"
+        )
+        self._at_abort(lambda: (2, too_late) if self.is_alone else (1, self._lost_message()))
+        try:
+            jax.distributed.initialize(
+                peers.coordinator,
+                peers.count,
+                peers.index,
+                cluster_detection_method="deactivate" if peers.coordinator else None,
+                initialization_timeout=peers.connect_seconds,
+                heartbeat_timeout_seconds=peers.heartbeat_seconds,
+            )
+        except Exception as error:
+            # From sockets, from the cluster's interface or from jax: of any type.
+            raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        if count() > 1:
+            self._watch = threading.Thread(target=self._look_for_failure, name="watch", daemon=True)
+            self._watch.start()
 
+    def finish(self, status: int, message: str | None) -> int:
+        """Ends what all processes end together; the first one says it.
 
-def fail(status: int, message: str, *, label: str = "error: ") -> int:
-    """Ends with an error of this process, or of all; ends the others, with the same status and without a message.
+        Args:
+          status: exit status, the same everywhere.
+          message: line for stderr, or None.
 
-    Where several fail at the same time, one of them tells, the first if it is among them. With several processes this
-    does not return: they cannot be left in order while some of them wait for others in the middle of a step.
+        Returns:
+          The status.
+        """
+        if message is not None and (self.is_alone or is_first()):
+            print(message, file=sys.stderr, flush=True)
+        if self._watch is not None:
+            import jax
 
-    Args:
-      status: exit status.
-      message: line for stderr.
-      label: what stands before it.
-
-    Returns:
-      The status.
-    """
-    if _group.count == 1:
-        print(f"{label}{message}", file=sys.stderr, flush=True)
+            # Until the first one is here, who may still write, it may fail.
+            from_first("end", lambda: status)
+            self._ended.set()
+            self._watch.join()
+            # Waits for the others, who are at the same place.
+            jax.distributed.shutdown()
+            self._at_abort(None)
         return status
-    if not is_first():
+
+    def fail(self, status: int, message: str, *, label: str = "error: ") -> int:
+        """Ends with an error of this process, or of all; ends the others, with the same status and without a message.
+
+        Where several fail at the same time, one of them tells, the first if it is among them. With several processes
+        this does not return: they cannot be left in order while some of them wait for others in the middle of a step.
+
+        Args:
+          status: exit status.
+          message: line for stderr.
+          label: what stands before it.
+
+        Returns:
+          The status.
+        """
+        if self.is_alone:
+            print(f"{label}{message}", file=sys.stderr, flush=True)
+            return status
         # The watching thread ends this process meanwhile if another one tells.
-        time.sleep(FAILURE_SECONDS)
-    _group.ending.set()
-    content = json.dumps({"status": status, "process": _group.index})
-    try:
-        _service().client.key_value_set("bnn_jax/failure", content)
-    except Exception as error:
-        if "ALREADY_EXISTS" in str(error):
-            # Another one was faster, and tells.
-            _end_with_others(status)
-    origin = "" if is_first() else f"process {_group.index}: "
-    print(f"{label}{origin}{message}", file=sys.stderr, flush=True)
-    _end_with_others(status)
+        time.sleep(0 if is_first() else FAILURE_SECONDS)
+        self._ended.set()
+        try:
+            _service().client.key_value_set(FAILURE, str(status))
+        except Exception as error:
+            if "ALREADY_EXISTS" in str(error):
+                # Another one was faster, and tells.
+                _leave_with_others(status)
+        origin = "" if is_first() else f"process {index()}: "
+        print(f"{label}{origin}{message}", file=sys.stderr, flush=True)
+        _leave_with_others(status)
+
+    def end_if_lost(self, error: BaseException) -> None:
+        """Ends this process if an error came about because another one is gone: there is nothing to wait for then.
+
+        Args:
+          error: what showed it.
+        """
+        if self.is_alone or not is_lost_contact(error):
+            return
+        # If that one ended with an error of its own, it has told, and the watching thread ends this one too.
+        time.sleep(2 * POLL_SECONDS)
+        leave(1, f"{' '.join(str(error).split())[:300]}\n{self._lost_message()}")
+
+    def _lost_message(self) -> str:
+        return (
+            f"error: process {index()} of {count()} lost contact with another process; what was saved is kept, "
+            f"the same command on all hosts goes on from {self.goes_on_from()}"
+        )
+
+    def _look_for_failure(self) -> None:
+        """Ends this process when another one says that it failed."""
+        client = _service().client
+        while not self._ended.wait(POLL_SECONDS):
+            try:
+                status = int(client.key_value_try_get(FAILURE))
+            except Exception:
+                # There is none; or the service is gone, which ends the process in its own way.
+                continue
+            if not self._ended.is_set():
+                _leave_with_others(status)
+
+    def _at_abort(self, ending: Callable[[], tuple[int, str]] | None) -> None:
+        """Makes an abort of the process end it with a status and a line; None: as usual.
+
+        jaxlib ends a process by ``abort`` when its service finds another one dead or cannot be reached, in a thread of
+        its own and without a hook. Python's own handlers would run too late: when the C function returns, the process
+        is gone.
+        """
+        handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
+        handler = handler_type() if ending is None else handler_type(lambda _: leave(*ending()))
+        libc = ctypes.CDLL(None)
+        libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, handler_type)
+        libc.signal(signal.SIGABRT, handler)
+        # C keeps no reference.
+        self._abort_handler = handler
 
 
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error came about because another process is gone."""
-    if _group.count == 1:
-        return False
-    chain: BaseException | None = error
-    while chain is not None:
-        if not isinstance(chain, UserError) and any(phrase in str(chain).lower() for phrase in CONNECTION_PHRASES):
+def is_lost_contact(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, tells of a broken connection."""
+    while error is not None:
+        if not isinstance(error, UserError) and CONNECTION_PHRASES.search(str(error)):
             return True
-        chain = chain.__cause__ or chain.__context__
+        error = error.__cause__ or error.__context__
     return False
 
 
-def lose_contact(error: BaseException) -> NoReturn:
-    """Ends this process because another one is gone: nothing can be waited for any more.
-
-    Args:
-      error: what showed it.
-    """
-    # If that one ended with an error of its own, it has told, and the watching thread ends this one in the same way.
-    time.sleep(2 * POLL_SECONDS)
-    _leave(1, f"{' '.join(str(error).split())[:300]}\n{_lost_message()}")
-
-
-def _lost_message() -> str:
-    return (
-        f"error: process {_group.index} of {_group.count} lost contact with another process; what was saved is kept, "
-        f"the same command on all hosts goes on from {_group.saved()}"
-    )
-
-
-def _watch() -> None:
-    """Ends this process when another one says that it failed."""
-    client = _service().client
-    while not _group.ending.wait(POLL_SECONDS):
-        try:
-            content = json.loads(client.key_value_try_get("bnn_jax/failure"))
-        except Exception:
-            # There is none; or the service is gone, which ends the process in its own way.
-            continue
-        if not _group.ending.is_set():
-            _end_with_others(content["status"])
-
-
-def _end_with_others(status: int) -> NoReturn:
+def _leave_with_others(status: int) -> NoReturn:
     """Ends the process when all know why: the service ends with the first one."""
     with contextlib.suppress(Exception):
         _service().client.wait_at_barrier("bnn_jax/failed", int(ACKNOWLEDGE_SECONDS * 1000))
-    _leave(status, None)
+    leave(status)
 
 
-def _leave(status: int, message: str | None) -> NoReturn:
-    """Ends the process at once: an orderly end would wait for the others."""
+def leave(status: int, message: str | None = None) -> NoReturn:
+    """Ends the process at once: an orderly end would wait for the others, or for a compiler."""
     if sys.stderr.isatty():
         # A progress bar had hidden the cursor.
         sys.stderr.write("\x1b[?25h")
@@ -411,34 +395,3 @@ def _leave(status: int, message: str | None) -> NoReturn:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(status)
-
-
-_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_handlers: list[Any] = []
-
-
-def _set_abort_handler(message: Callable[[], str] | None, *, status: int = 1) -> None:
-    """Makes an abort of the process print one more line and end with a status; None takes the handler away.
-
-    jaxlib ends a process by ``abort`` when its service finds another one dead or cannot be reached, in a thread of its
-    own and without a hook. Python's own handlers run too late: when the C function returns, the process is gone.
-    """
-    libc = ctypes.CDLL(None)
-    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    if message is None:
-        libc.signal(signal.SIGABRT, None)
-        return
-    handler = _Handler(lambda _: _leave(status, message()))
-    # As long as the process lives: C keeps no reference.
-    _handlers.append(handler)
-    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
-
-
-@contextlib.contextmanager
-def _abort_says(message: Callable[[], str], *, status: int):
-    """Inside, an abort prints a message as an error and ends with a status."""
-    _set_abort_handler(lambda: f"error: {message()}", status=status)
-    try:
-        yield
-    finally:
-        _set_abort_handler(None)

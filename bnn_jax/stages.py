@@ -10,10 +10,6 @@ import hashlib
 import json
 from typing import Any, Literal
 
-# Marks a field added after runs were made. A stage that leaves it at its default keeps its JSON form and so its
-# fingerprint: run folders made before the field existed stay readable.
-_LATER = {"left out of the JSON form while it has its default value": True}
-
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -59,7 +55,7 @@ class QuantSpec:
     first: Spec = IDENTITY
     last: Spec = IDENTITY
     shortcut: Spec = IDENTITY
-    searched: Spec = dataclasses.field(default=IDENTITY, metadata=_LATER)
+    searched: Spec = IDENTITY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +82,8 @@ class DataSpec:
     augment: str = "pad_crop_flip"
     normalize: bool = True
     options: tuple[tuple[str, Any], ...] = ()
-    lighting: str = dataclasses.field(default="none", metadata=_LATER)
-    decoder: str = dataclasses.field(default="pillow", metadata=_LATER)
+    lighting: str = "none"
+    decoder: str = "pillow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +107,8 @@ class ParameterGroup:
     weight_decay: float | tuple[float, ...] = 0.0
     learning_rate_scale: float = 1.0
     bounds: tuple[float, float] | None = None
-    gradient_knob: str | None = dataclasses.field(default=None, metadata=_LATER)
-    without_gradient: Literal["step", "skip"] = dataclasses.field(default="step", metadata=_LATER)
+    gradient_knob: str | None = None
+    without_gradient: Literal["step", "skip"] = "step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +137,8 @@ class OptimSpec:
     groups: tuple[ParameterGroup, ...] = (ParameterGroup(".*"),)
     drop_last_batch: bool = False
     gradient_clip_norm: float | None = None
-    unselected_branches: Literal["decay", "freeze"] = dataclasses.field(default="decay", metadata=_LATER)
-    accumulation_steps: int = dataclasses.field(default=1, metadata=_LATER)
+    unselected_branches: Literal["decay", "freeze"] = "decay"
+    accumulation_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,15 +196,15 @@ class Stage:
     bits: float = 32.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     log_gradient_norms: bool = False
-    projections: tuple[Spec, ...] = dataclasses.field(default=(), metadata=_LATER)
-    teacher_network: Spec | None = dataclasses.field(default=None, metadata=_LATER)
-    teacher_quant: QuantSpec | None = dataclasses.field(default=None, metadata=_LATER)
-    kind: Literal["train", "search"] = dataclasses.field(default="train", metadata=_LATER)
-    choice: str | None = dataclasses.field(default=None, metadata=_LATER)
-    search: Spec | None = dataclasses.field(default=None, metadata=_LATER)
-    realised_base: bool = dataclasses.field(default=False, metadata=_LATER)
-    log_train_top5: bool = dataclasses.field(default=False, metadata=_LATER)
-    remat: bool = dataclasses.field(default=False, metadata=_LATER)
+    projections: tuple[Spec, ...] = ()
+    teacher_network: Spec | None = None
+    teacher_quant: QuantSpec | None = None
+    kind: Literal["train", "search"] = "train"
+    choice: str | None = None
+    search: Spec | None = None
+    realised_base: bool = False
+    log_train_top5: bool = False
+    remat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,11 +256,7 @@ def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, Spec):
             return {"name": value.name, **{key: to_json(option) for key, option in value.options}}
-        return {
-            field.name: to_json(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if not (field.metadata == _LATER and getattr(value, field.name) == field.default)
-        }
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     return value

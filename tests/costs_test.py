@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from bnn_jax import data, networks
-from bnn_jax.experiment import pipeline
 from bnn_jax.experiment.build import Run
 from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.summary import summary
 from bnn_jax.networks import NETWORKS
 from bnn_jax.report import tables
-from bnn_jax.report.complexity import Complexity, TotalComplexity, complexity
+from bnn_jax.report.costs import Complexity, TotalComplexity, complexity
 from bnn_jax.stages import QuantSpec, Stage, spec
 from tests.configs.configs_test import NAMES, run_of
 
@@ -27,7 +27,7 @@ CIFAR, IMAGENET = ((32, 32, 3), 10), ((224, 224, 3), 1000)
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a network costs; bnn_jax/report/complexity.py defines each figure."""
+    """What a network costs; bnn_jax/report/costs.py defines each figure."""
 
     parameters: int
     quantized_bits: int
@@ -214,7 +214,7 @@ def test_published_sizes_and_costs_of_snn(tau: int, size: str, bit_operations: f
     config = importlib.import_module("configs.snn_resnet18").get_config()
     config.snn.tau = tau
     run = Run(validate(config.to_dict()), Path("unused"))
-    total = pipeline.summary(run).total
+    total = summary(run).total
     assert total.quantized_bits == tau * 1_220_608
     assert tables.format_si(total.quantized_bits, "bit", digits=4) == size
     # Printed with three decimals of a thousand million, one of them cut off instead of rounded.
@@ -224,7 +224,7 @@ def test_published_sizes_and_costs_of_snn(tau: int, size: str, bit_operations: f
 
 def test_the_summary_of_snn_shows_the_published_figures() -> None:
     file = io.StringIO()
-    tables.show(pipeline.summary(run_of("snn_resnet18")).table(), file=file)
+    tables.show(tables.costs_table(summary(run_of("snn_resnet18"))), file=file)
     text = " ".join(file.getvalue().split())
     assert text.startswith("Stage sub_bit: reactnet18, images of 224x224x3 (other stages: --stage=binary_activations)")
     assert "stored: 29.54 Mbit = 6.103 Mbit quantized weights + 4.608 kbit codebooks + 23.44 Mbit floats" in text

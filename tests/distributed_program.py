@@ -18,19 +18,22 @@ from bnn_jax.errors import UserError
 
 def main(index: int, count: int, port: str, seconds: int, deeds: list[str]) -> int:
     """Joins the others, decides something together, and does the deed."""
+    group = hosts.Group()
     try:
-        hosts.connect(hosts.Peers(f"127.0.0.1:{port}", count, index, heartbeat_seconds=10, connect_seconds=seconds))
+        group.connect(hosts.Peers(f"127.0.0.1:{port}", count, index, heartbeat_seconds=10, connect_seconds=seconds))
     except UserError as error:
-        return hosts.fail(2, str(error))
+        return group.fail(2, str(error))
     decided = hosts.from_first("who", lambda: [index, hosts.from_first("inside", lambda: "both")])
     print(decided, hosts.index(), hosts.count(), hosts.is_first(), flush=True)
     if deeds[index] == "fail":
-        return hosts.fail(2, f"nothing works {deeds.count('fail')}")
+        return group.fail(2, f"nothing works {deeds.count('fail')}")
     if deeds[index] == "die":
+        # The other one may still be on its way here.
+        time.sleep(2)
         os.kill(os.getpid(), signal.SIGKILL)
     if deeds[index] == "work":
         time.sleep(60)
-    return hosts.finish(143, "stopped")
+    return group.finish(143, "stopped")
 
 
 if __name__ == "__main__":

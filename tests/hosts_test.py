@@ -130,14 +130,16 @@ def test_on_one_process_nothing_is_shared():
 
 
 def test_on_one_process_an_error_is_printed_and_its_status_returned(capsys):
-    assert hosts.fail(2, "nothing works") == 2
+    group = hosts.Group()
+    assert group.fail(2, "nothing works") == 2
     assert capsys.readouterr().err == "error: nothing works\n"
-    assert hosts.finish(143, "stopped") == 143
+    assert group.finish(143, "stopped") == 143
     assert capsys.readouterr().err == "stopped\n"
 
 
 def test_on_one_process_a_broken_connection_is_an_error_like_any_other():
-    assert not hosts.is_lost_contact(RuntimeError("Gloo AllReduce failed: Connection closed by peer"))
+    # It would end this process.
+    hosts.Group().end_if_lost(RuntimeError("Gloo AllReduce failed: Connection closed by peer"))
 
 
 # ---- two processes
@@ -199,13 +201,11 @@ def test_of_two_processes_one_that_waits_for_the_first_in_vain_says_so():
         (UserError("data/nccl.zip: no such file"), False),
     ],
 )
-def test_of_several_processes_a_broken_connection_is_told_from_other_errors(monkeypatch, error, lost):
-    monkeypatch.setattr(hosts, "_group", hosts._Group(index=1, count=2))
+def test_a_broken_connection_is_told_from_other_errors(error, lost):
     assert hosts.is_lost_contact(error) == lost
 
 
-def test_a_broken_connection_behind_another_error_is_seen(monkeypatch):
-    monkeypatch.setattr(hosts, "_group", hosts._Group(index=1, count=2))
+def test_a_broken_connection_behind_another_error_is_seen():
     error = RuntimeError("the step failed")
     error.__cause__ = ValueError("Gloo AllReduce failed")
     assert hosts.is_lost_contact(error)

@@ -5,6 +5,7 @@ The source is parsed, not run, so imports inside functions count too.
 
 import ast
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +16,8 @@ from tests.conftest import ROOT
 LAYERS = {
     "errors": 0,
     "stages": 0,
+    "knobs": 0,
+    "keys": 1,
     "hosts": 1,
     "restricted_pickle": 1,
     "schedules": 1,
@@ -37,16 +40,20 @@ LAYERS = {
 ONLY = {
     "errors": set(),
     "stages": set(),
+    "knobs": set(),
+    "keys": {"errors"},
     "hosts": {"errors"},
     "schedules": {"stages"},
     "ops": set(),
-    "methods": {"stages", "errors"},
+    "methods": {"stages", "errors", "keys", "knobs"},
     "data": {"stages", "errors", "restricted_pickle"},
 }
 # What it may import from elsewhere besides the standard library, where that is restricted.
 OUTSIDE = {
     "errors": set(),
     "stages": set(),
+    "knobs": set(),
+    "keys": set(),
     "hosts": {"jax", "numpy"},
     "restricted_pickle": {"numpy"},
     "schedules": {"jax"},
@@ -116,7 +123,7 @@ def test_imports_point_down(path: pathlib.Path) -> None:
         ("data", "from bnn_jax.training.state import TrainState"),
         ("methods", "import jax.numpy as jnp"),
         ("networks", "from bnn_jax.methods import METHODS"),
-        ("training", "from ..experiment import pipeline"),
+        ("training", "from ..experiment import train"),
         ("report", "import tensorflow as tf"),
     ],
 )
@@ -129,9 +136,19 @@ def test_relative_imports_inside_a_package_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
-def test_configs_are_plain_values_without_the_library(path: pathlib.Path) -> None:
-    tops = {name.split(".")[0] for name in imported_names(path.read_text(), ["configs"])}
-    assert tops - sys.stdlib_module_names <= {"configs", "ml_collections"}
+def test_configs_are_plain_values_and_take_of_the_library_the_definitions_of_keys_alone(path: pathlib.Path) -> None:
+    names = imported_names(path.read_text(), ["configs"])
+    assert {name for name in names if name.startswith("bnn_jax")} <= {"bnn_jax.experiment.config.defaults"}
+    tops = {name.split(".")[0] for name in names}
+    assert tops - sys.stdlib_module_names <= {"bnn_jax", "configs", "ml_collections"}
+
+
+def test_a_config_and_the_help_on_its_keys_come_without_jax() -> None:
+    code = "import sys, launch, configs.common; launch.main(['launch.py', '--help-config']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert "ml_collections" in imported
+    assert not imported & {"jax", "flax", "optax", "orbax", "tensorflow_datasets", "numpy", "matplotlib"}
 
 
 def test_launch_imports_nothing_heavy_before_it_has_read_the_flags() -> None:

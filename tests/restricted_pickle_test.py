@@ -18,11 +18,11 @@ MAKES_NUMBER = {("here", "number"): lambda: 7}
 
 
 def load(data: bytes, allowed=None, **options):
-    return restricted_pickle.load(io.BytesIO(data), allowed=allowed or {}, **options)
+    return restricted_pickle.load(io.BytesIO(data), allowed=allowed or {}, **{"build": {}, **options})
 
 
-def load_arrays(data: bytes, **options):
-    return load(data, restricted_pickle.numpy_globals(), **options)
+def load_arrays(data: bytes):
+    return restricted_pickle.load_arrays(io.BytesIO(data))
 
 
 class Command:
@@ -102,19 +102,14 @@ def python2_archive() -> bytes:
 
 
 def test_python2_archive_with_byte_keys():
-    read = load_arrays(python2_archive(), encoding="bytes")
+    read = load_arrays(python2_archive())
     assert read[b"labels"] == [3, 4]
     np.testing.assert_array_equal(read[b"data"], np.uint8([[0, 127], [128, 255]]))
 
 
-def test_python2_archive_with_text_keys():
-    read = load_arrays(python2_archive(), encoding="latin1")
-    np.testing.assert_array_equal(read["data"], np.uint8([[0, 127], [128, 255]]))
-
-
 def test_python2_strings_outside_the_encoding_are_an_error():
     with pytest.raises(UserError, match="UnicodeDecodeError"):
-        load_arrays(python2_archive())
+        load(START + b"U\x01\xff.")
 
 
 def test_unnamed_python2_strings_match_pickle():
@@ -153,27 +148,26 @@ def test_the_command_would_run_under_pickle(tmp_path):
         (b"\x80\x04)}\x92.", "NEWOBJ_EX"),
         (START + b"P1\n.", "PERSID"),
         (START + b"K\x01Q.", "data outside of itself"),
-        (START + b"K\x01)R.", "no function"),
-        (START + b"X\x04\x00\x00\x00eval)R.", "no function"),
+        (START + b"K\x01)R.", "TypeError"),
+        (START + b"X\x04\x00\x00\x00eval)R.", "TypeError"),
         (START + b"}}b.", "changes an object of type dict"),
         (b"\x80\x05\x97.", "NEXT_BUFFER"),
-        (b"\x80\x06N.", "protocol 6"),
-        (b"\x80\x01N.", "protocol 1"),
+        (b"\x80\x06N.", "ValueError"),
         (START + b"cbuiltins\n" + b"x" * 500 + b"\n.", r"x\.\.\., which"),
         (START + b"cbuiltins\n\x1b[2J\n.", r"\\x1b"),
         (START + b"Kx0.", "POP"),
-        (START + b"NN.", "left over"),
-        (START + b"N.N.", "left over"),
-        (START + b"N(.", "left over"),
-        (START + b".", "left over"),
+        (START + b".", "IndexError"),
         (START + b"(e.", "IndexError"),
-        (START + b"](K\x01a.", "mark"),
-        (START + b"}K\x01a.", "dict where a list"),
+        (START + b"](K\x01a.", "IndexError"),
+        (START + b"}K\x01a.", "AttributeError"),
+        (START + b"]K\x01K\x01s.", "list where a dict"),
+        (START + b"\x8a\x09" + bytes(9) + b".", "integer of 9 bytes"),
+        (START + b"}X\xf5\x01\x00\x00" + b"a" * 501 + b"Ns.", "a key of 501 characters"),
         (START + b"}]K\x01s.", "key of type list"),
         (START + b"}(K\x01u.", "ValueError"),
-        (START + b"h\x05.", "KeyError"),
-        (b"\x80\x04K\x01K\x02\x93.", "without a name"),
-        (b"", "ValueError"),
+        (START + b"h\x05.", "UnpicklingError"),
+        (b"\x80\x04K\x01K\x02\x93.", "UnpicklingError"),
+        (b"", "EOFError"),
         (b"not a pickle", "refused"),
     ],
 )
@@ -223,13 +217,14 @@ def test_attributes_of_an_allowed_callable_cannot_be_set(state):
     assert not vars(function) and function.__defaults__ is None
 
 
-def test_an_object_is_built_at_most_once():
+def test_an_object_gets_its_state_by_the_given_function():
     states = []
-    allowed = {("here", "made"): restricted_pickle.Buildable(lambda: {}, lambda target, state: states.append(state))}
-    assert load(START + b"chere\nmade\n)RK\x01b.", allowed) == {}
-    with pytest.raises(UserError, match="changes an object"):
-        load(START + b"chere\nmade\n)RK\x02bK\x03b.", allowed)
-    assert states == [1, 2]
+    data = START + b"chere\nmade\n)RK\x01b."
+    allowed = {("here", "made"): dict}
+    assert load(data, allowed, build={dict: lambda target, state: states.append(state)}) == {}
+    assert states == [1]
+    with pytest.raises(UserError, match="changes an object of type dict"):
+        load(data, allowed)
 
 
 def test_persistent_ids_go_to_the_given_function():
@@ -273,16 +268,9 @@ def test_a_huge_memo_number_takes_no_memory():
     assert load(START + b"K\x07r\xff\xff\xff\xff.") == 7
 
 
-def test_the_number_of_instructions_is_limited(monkeypatch):
-    monkeypatch.setattr(restricted_pickle, "MAX_INSTRUCTIONS", 10)
+def test_the_number_of_instructions_is_limited():
     with pytest.raises(UserError, match="more than 10 instructions"):
-        load(pickle.dumps(list(range(10)), 2))
-
-
-def test_the_size_is_limited(monkeypatch):
-    monkeypatch.setattr(restricted_pickle, "MAX_BYTES", 100)
-    with pytest.raises(UserError, match="larger than 100 bytes"):
-        load(pickle.dumps("x" * 100, 2))
+        load(pickle.dumps(list(range(10)), 2), max_instructions=10)
 
 
 def array_pickle(
@@ -310,7 +298,7 @@ def array_pickle(
 
 
 def test_the_hand_made_array_is_sound():
-    np.testing.assert_array_equal(load_arrays(array_pickle(), encoding="latin1"), np.uint8([97, 98]))
+    np.testing.assert_array_equal(load_arrays(array_pickle()), np.uint8([97, 98]))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +323,7 @@ def test_the_hand_made_array_is_sound():
 )
 def test_malformed_arrays_are_refused(parts):
     with pytest.raises(UserError, match="refused"):
-        load_arrays(array_pickle(**parts), encoding="latin1")
+        load_arrays(array_pickle(**parts))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +345,7 @@ def test_arrays_of_anything_but_little_endian_numbers_are_refused(array):
 
 
 def test_the_array_class_cannot_be_called():
-    with pytest.raises(UserError, match="no function"):
+    with pytest.raises(UserError, match="TypeError"):
         load_arrays(START + b"cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85\x85R.")
 
 
@@ -400,11 +388,4 @@ def test_random_instructions_raise_nothing_but_user_errors():
     for _ in range(3000):
         body = bytes(generator.choice(opcodes) for _ in range(generator.randint(1, 40)))
         with contextlib.suppress(UserError):
-            load_arrays(START + body + b".", persistent_load=lambda value: None)
-
-
-def test_the_error_names_the_file(tmp_path):
-    path = tmp_path / "data_batch_1"
-    path.write_bytes(START + b"cos\nsystem\n.")
-    with path.open("rb") as file, pytest.raises(UserError, match=r"data_batch_1: refused: it asks for os\.system"):
-        restricted_pickle.load(file, allowed={})
+            load(START + body + b".", MAKES_NUMBER, persistent_load=lambda value: None)

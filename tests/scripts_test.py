@@ -1,5 +1,6 @@
 """The files of scripts/ start commands that exist; the page about many GPUs names flags and files that exist."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import launch
 from bnn_jax import command_line
 from bnn_jax.errors import UserError
+from scripts import gpu_campaign
 from tests.conftest import ROOT
 
 # Takes the place of Python, and of srun before it, and prints what it was called with.
@@ -104,3 +106,34 @@ def test_the_page_about_many_gpus_names_flags_and_files_that_exist():
     assert flags and all(f"--{flag}" in launch.USAGE for flag in flags)
     files = set(re.findall(r"\b(?:scripts|configs)/\w+\.\w+", page))
     assert len(files) >= 4 and all((ROOT / file).is_file() for file in files)
+
+
+# ---- the campaign of a lent GPU
+
+
+def campaign_options(output: Path) -> Any:
+    return argparse.Namespace(output=output, data_dir=output, toy=True)
+
+
+@pytest.mark.parametrize("name", sorted(gpu_campaign.CAMPAIGNS))
+def test_every_job_of_a_campaign_starts_a_program_of_the_project(name, capsys):
+    assert gpu_campaign.main([name, "--output=out", "--list"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        program, *rest = line.split()[2:]
+        assert (ROOT / program).is_file()
+        configs = [argument.removeprefix("--config=") for argument in rest if argument.startswith("--config=")]
+        assert all((ROOT / config).is_file() for config in configs)
+
+
+def test_a_job_that_takes_too_long_is_asked_to_stop(tmp_path):
+    # It goes on until it is told to stop, and says so.
+    program = "import signal,time;signal.signal(15,lambda *_:(print(1),exit()));print(0,flush=True);time.sleep(60)"
+    log = tmp_path / "endless.log"
+    job = gpu_campaign.Job("endless", f"-c '{program}'", 1.0)
+    assert gpu_campaign.run(job, campaign_options(tmp_path), 5.0) == "cut off"
+    assert log.read_text().split() == ["0", "1"]
+
+
+def test_a_job_that_fails_says_where_to_look(tmp_path):
+    job = gpu_campaign.Job("broken", "-c 'raise SystemExit(3)'", 60.0)
+    assert gpu_campaign.run(job, campaign_options(tmp_path), 60.0) == "exit status 3, see broken.log"

@@ -92,23 +92,17 @@ def test_a_change_anywhere_up_the_chain_changes_the_fingerprint(change):
     assert fingerprint(SECOND, (changed, SECOND)) != fingerprint(SECOND, (FIRST, SECOND))
 
 
-def test_a_field_added_later_is_left_out_while_it_has_its_default_so_that_older_run_folders_stay_readable():
-    value = to_json(FIRST)
-    assert {"projections", "teacher_network"}.isdisjoint(value)
-    assert set(value["optim"]["groups"][0]) == {"pattern", "weight_decay", "learning_rate_scale", "bounds"}
-    # The fingerprint this stage had before there were such fields.
-    assert fingerprint(FIRST, (FIRST,)) == "61925166a738793fb9d2cbe54fb4e29a14b31cd7b87249f22c98170ad200ff10"
-
-
-def test_a_field_added_later_is_written_out_where_it_is_used():
-    group = ParameterGroup(".*", gradient_knob="refine", without_gradient="skip")
+def test_every_field_of_a_stage_is_written_out_whether_it_has_its_default_or_not():
+    group = ParameterGroup(".*", without_gradient="skip")
     used = dataclasses.replace(
         FIRST, projections=(spec("refill", limit=3.0),), optim=dataclasses.replace(OPTIM, groups=(group,))
     )
     value = to_json(used)
+    assert set(value) == {field.name for field in dataclasses.fields(used)}
     assert value["projections"] == [{"name": "refill", "limit": 3.0}]
-    assert value["optim"]["groups"][0]["gradient_knob"] == "refine"
-    assert value["optim"]["groups"][0]["without_gradient"] == "skip"
+    assert value["teacher_network"] is None
+    (written,) = value["optim"]["groups"]
+    assert (written["gradient_knob"], written["without_gradient"]) == (None, "skip")
 
 
 def test_a_stage_that_refers_to_nothing_ignores_the_rest_of_the_chain():

@@ -1,29 +1,19 @@
 """Data sources: a table of loaders, and one function that turns a ``DataSpec`` into images.
 
-Reading order: ``base`` (what a source is), ``order`` (in which images are visited), ``tfds_source``, ``digits``,
-``synthetic`` (where images that lie in memory come from), ``streaming``, ``crops``, ``imagenet``, ``resized`` (images
-that are read while training), ``augment`` (what happens to all of them inside the training step), ``prepare`` (from
-downloads to a TFDS folder, and from ImageNet's files to resized pixels).
+Reading order: ``order`` (in which order images are visited), ``augment`` (what happens to them on the host and on the
+device), ``stream`` (images that are read while training), ``memory`` (images that lie in memory, and what every source
+has), ``tfds`` and ``folder`` (where images come from), ``archives`` and ``prepare`` (from downloads to a TFDS folder).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnn_jax.data import digits, imagenet, synthetic, tfds_source
-from bnn_jax.data.base import (
-    AUGMENTATIONS,
-    DECODERS,
-    LIGHTINGS,
-    ImageSource,
-    LoadedImages,
-    LoadRequest,
-    Split,
-    fingerprint,
-)
+from bnn_jax.data import folder, memory, tfds
+from bnn_jax.data.augment import AUGMENTATIONS
+from bnn_jax.data.memory import ImageSource, Split, fingerprint
 from bnn_jax.data.order import Purpose, index_plan, sequential_plan, stratified_choice
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.errors import DataError
 from bnn_jax.stages import DataSpec
 
@@ -46,72 +36,83 @@ class SourceEntry:
     """A row of the table of sources.
 
     Attributes:
-      load: ``load(request, **options) -> LoadedImages``.
-      shape: (H, W, C) and number of classes; the options 'image_size' and 'num_classes' replace theirs.
+      load: ``load(spec, data_dir, progress=..., **options) -> ImageSource``.
+      shape: (H, W, C) and number of classes; the options 'image_size' and 'num_classes' replace theirs. None: the
+        number of classes is that of the folder of images.
       options: the source's options and their defaults, all of them integers.
       streamed: whether its images are read while training.
     """
 
-    load: Callable[..., LoadedImages]
-    shape: tuple[tuple[int, int, int], int] = ((32, 32, 3), 10)
+    load: Callable[..., ImageSource]
+    shape: tuple[tuple[int, int, int], int | None] = ((32, 32, 3), 10)
     options: Mapping[str, int] = dataclasses.field(default_factory=dict)
     streamed: bool = False
 
 
-def _tfds_entry(name: str) -> SourceEntry:
-    known = tfds_source.TFDS_SETS[name]
-    return SourceEntry(functools.partial(tfds_source.load, name), (known.image_shape, known.num_classes))
-
-
-_IMAGENET = ((224, 224, 3), 1000)
 # What may happen to training images that are read while training, where they are cropped already.
 STREAMED_AUGMENTATIONS = ("random_resized_crop_flip", "none")
 
 SOURCES: dict[str, SourceEntry] = {
-    **{name: _tfds_entry(name) for name in tfds_source.RESIDENT_SETS},
-    imagenet.NAME: SourceEntry(imagenet.load, _IMAGENET, {"image_size": 224}, streamed=True),
-    imagenet.RESIZED_NAME: SourceEntry(
-        imagenet.load_resized, _IMAGENET, {"image_size": 224, "side": 256}, streamed=True
-    ),
-    "digits": SourceEntry(digits.load, options={"image_size": 16, "seed": 0}),
+    **{
+        name: SourceEntry(
+            tfds.load,
+            (known.image_shape, known.num_classes),
+            {"image_size": known.image_shape[0]} if known.streamed else {},
+            streamed=known.streamed,
+        )
+        for name, known in tfds.TFDS_SETS.items()
+    },
+    "folder": SourceEntry(folder.load, ((224, 224, 3), None), {"image_size": 224}, streamed=True),
+    "digits": SourceEntry(memory.digits, options={"image_size": 16, "seed": 0}),
     "synthetic": SourceEntry(
-        synthetic.load, options={"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}
+        memory.synthetic, options={"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}
     ),
 }
 
 
-def describe(spec: DataSpec) -> tuple[tuple[int, int, int], int]:
+def describe(spec: DataSpec, *, data_dir: str | None = None) -> tuple[tuple[int, int, int], int]:
     """Image shape (H, W, C) and number of classes of a ``DataSpec``, without reading any image.
 
+    Args:
+      spec: which images.
+      data_dir: where they lie; only a folder of images is looked into.
+
     Raises:
-      DataError: an unknown name or option.
+      DataError: an unknown name or option, or the folder of images is not there.
     """
-    entry = _entry(spec)
-    options = _merge_options(spec, entry.options)
+    entry, options = _entry(spec)
     (height, width, channels), num_classes = entry.shape
     side = options.get("image_size")
+    if num_classes is None:
+        num_classes = len(folder.class_names(data_dir))
     return (side or height, side or width, channels), options.get("num_classes", num_classes)
 
 
 def class_names(spec: DataSpec, *, data_dir: str | None) -> tuple[str, ...]:
-    """Names of the classes of a ``DataSpec``: those stored with the prepared images if there are any, else numbers.
+    """Names of the classes of a ``DataSpec``: those stored with the images if there are any, else numbers.
 
     Raises:
-      DataError: an unknown name or option.
+      DataError: an unknown name or option, or the folder of images is not there.
     """
-    _, num_classes = describe(spec)
+    _, num_classes = describe(spec, data_dir=data_dir)
     known = None
-    if spec.name in tfds_source.TFDS_SETS:
-        known = tfds_source.class_names(spec.name, data_dir)
-    elif spec.name == imagenet.RESIZED_NAME:
-        known = imagenet.official_classes()
+    if spec.name == "folder":
+        known = folder.class_names(data_dir)
+    elif spec.name in tfds.TFDS_SETS:
+        known = tfds.class_names(spec.name, data_dir)
     return known or tuple(str(label) for label in range(num_classes))
 
 
-def _entry(spec: DataSpec) -> SourceEntry:
+def _entry(spec: DataSpec) -> tuple[SourceEntry, dict[str, Any]]:
+    """The row of the table and the options, the defaults for those that are not given."""
     if spec.name not in SOURCES:
-        raise DataError(f"data.name is {spec.name!r}: accepted are {', '.join(SOURCES)}")
-    return SOURCES[spec.name]
+        raise DataError(f"config.data.name={spec.name!r}: accepted are {', '.join(SOURCES)}")
+    entry = SOURCES[spec.name]
+    for key, value in spec.options:
+        if key not in entry.options:
+            accepted = ", ".join(entry.options) or "none"
+            raise DataError(f"config.data.{key}={value!r}: {spec.name} has no such option; accepted are {accepted}")
+    return entry, {**entry.options, **dict(spec.options)}
 
 
 def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool = False) -> ImageSource:
@@ -126,19 +127,13 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
     Raises:
       DataError: an unknown name or option, a number out of range, or images that are not prepared or are damaged.
     """
-    _check_values(spec)
-    entry = SOURCES[spec.name]
-    options = _merge_options(spec, entry.options)
-    request = LoadRequest(spec.num_train, spec.num_eval, data_dir, progress, spec.decoder)
-    loaded = entry.load(request, **options)
+    entry, options = _entry(spec)
+    loaded = entry.load(spec, data_dir, progress=progress, **options)
     _check_augmentation(spec, loaded.train)
     train, validation = _hold_out(loaded.train, fraction=spec.validation_fraction, seed=seed)
-    return ImageSource(
-        name=spec.name,
-        num_classes=loaded.num_classes,
-        image_shape=train.image_shape,
+    return dataclasses.replace(
+        loaded,
         train=train,
-        test=loaded.test,
         validation=validation,
         mean=loaded.mean if spec.normalize else (0.0,) * len(loaded.mean),
         std=loaded.std if spec.normalize else (1.0,) * len(loaded.std),
@@ -147,21 +142,6 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
         pad=train.image_shape[0] // 8,
         fingerprint=fingerprint(train, loaded.test, validation),
     )
-
-
-def _check_values(spec: DataSpec) -> None:
-    for key, value, accepted in (
-        ("name", spec.name, SOURCES),
-        ("augment", spec.augment, AUGMENTATIONS),
-        ("lighting", spec.lighting, LIGHTINGS),
-        ("decoder", spec.decoder, DECODERS),
-    ):
-        if value not in accepted:
-            raise DataError(f"config.data.{key}={value!r}: accepted are {', '.join(accepted)}")
-    if not 0 <= spec.validation_fraction < 1:
-        raise DataError(
-            f"config.data.validation_fraction={spec.validation_fraction}: accepted is 0 or more and less than 1"
-        )
 
 
 def _check_augmentation(spec: DataSpec, train: Split | StreamedSplit) -> None:
@@ -176,18 +156,6 @@ def _check_augmentation(spec: DataSpec, train: Split | StreamedSplit) -> None:
         raise DataError(f"config.data.augment={spec.augment!r}: accepted with {spec.name} are {', '.join(accepted)}")
     if spec.lighting != "none" and train.image_shape[2] != 3:
         raise DataError(f"config.data.lighting={spec.lighting!r}: accepted with images of one channel is 'none'")
-
-
-def _merge_options(spec: DataSpec, defaults: Mapping[str, int]) -> dict[str, Any]:
-    options = dict(defaults)
-    for key, value in spec.options:
-        if key not in defaults:
-            accepted = ", ".join(defaults) or "none"
-            raise DataError(f"config.data.{key}={value!r}: {spec.name} has no such option; accepted are {accepted}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise DataError(f"config.data.{key}={value!r}: accepted is an integer of 0 or more")
-        options[key] = value
-    return options
 
 
 def _hold_out(

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax import data, hosts, methods, networks, objectives, schedules
+from bnn_jax import data, hosts, methods, networks, objectives, quantizers, schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.order import index_plan
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.errors import CheckpointError, UserError
-from bnn_jax.experiment import run_folder, start
+from bnn_jax.experiment import folder as run_folder
+from bnn_jax.experiment import start
 from bnn_jax.objectives import Objective
 from bnn_jax.schedules import Schedule
 from bnn_jax.search.folds import Folds, make_folds
@@ -89,6 +90,10 @@ class Run:
         """The folder of the stage's checkpoints."""
         return self.stage_folder(stage) / run_folder.CHECKPOINTS
 
+    def describe(self, stage: Stage) -> tuple[tuple[int, int, int], int]:
+        """Image shape (H, W, C) and number of classes of the stage's images, without reading any."""
+        return data.describe(stage.data, data_dir=self.config["data"]["data_dir"])
+
     def load_data(self, stage: Stage) -> ImageSource:
         """The stage's images, in memory."""
         return _load_data(stage.data, self.config["data"]["data_dir"], self.config["seed"])
@@ -131,7 +136,7 @@ class Run:
             return load_checkpoint(Path(parsed.target), target)
         target = seeds.stack_shapes(target, self.num_seeds)
         with CheckpointStore(self.checkpoints(self.find(parsed.target)), read_only=True) as store:
-            return store.restore_variables(target, which=parsed.which)[0]
+            return store.restore(target, which=parsed.which)[0]
 
     def fold_result(self, choice: str) -> dict[str, Any]:
         """What a search found on the fold that a choice names.
@@ -226,10 +231,11 @@ def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"--checkpoint={path}: no such file or folder")
     if path.is_file():
-        return import_pytorch(path, target)
+        # Such a file holds no knobs: their defaults hold.
+        return import_pytorch(path, {name: shapes for name, shapes in target.items() if name != "knobs"})
     directory, step = describe(path)
     with CheckpointStore(directory, read_only=True) as store:
-        return store.restore_variables(target, which="last" if step is None else step)[0]
+        return store.restore(target, which="last" if step is None else step)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +257,10 @@ class Assembly:
     network: Any
     parts: StepParts
     shapes: dict[str, Any]
+
+    def first_knobs(self) -> dict[str, jax.Array]:
+        """Values of the stage's knobs in its first step."""
+        return {name: schedule(jnp.int32(0)) for name, schedule in self.parts.knobs.items()}
 
     def state_shapes(self, devices: Devices) -> TrainState:
         """Shapes of the training state of one seed, for restoring one."""
@@ -277,8 +287,28 @@ def build_objectives(stage: Stage) -> tuple[Objective, ...]:
     return tuple(objectives.build(term) for term in stage.objectives)
 
 
+def check_knobs(stage: Stage) -> None:
+    """Checks that a stage gives a schedule to every knob that something in it reads, and to no other.
+
+    Raises:
+      UserError: a knob is not given or not read.
+    """
+    others = (*build_objectives(stage), *map(projections.build, stage.projections))
+    readers = {knob.name: knob for reader in others for knob in reader.knobs}
+    readers.update({knob.name: knob for knob in quantizers.declared_knobs(stage.quant)})
+    gates = {group.gradient_knob for group in stage.optim.groups if group.gradient_knob is not None}
+    needed, given = gates | {knob.name for knob in readers.values() if not knob.optional}, dict(stage.knobs)
+    accepted = f"read are {', '.join(sorted(gates | readers.keys())) or 'none'}"
+    for name in sorted(given.keys() - readers.keys() - gates):
+        raise UserError(f"stage {stage.name}: knob {name!r}: nothing in this stage reads it; {accepted}")
+    for name in sorted(needed - given.keys()):
+        meaning = f" ({readers[name].meaning})" if name in readers else ""
+        raise UserError(f"stage {stage.name}: knob {name!r}{meaning}: the stage gives it no schedule; {accepted}")
+
+
 def assemble(run: Run, stage: Stage, source: ImageSource) -> Assembly:
     """Builds the objects of a stage; the teacher's network too, not its variables."""
+    check_knobs(stage)
     network = run.network(stage, num_classes=source.num_classes)
     shapes = start.variable_shapes(network, source.image_shape)
     timing = {"steps_per_epoch": steps_per_epoch(stage, len(source.train)), "epochs": stage.optim.epochs}
@@ -352,7 +382,9 @@ def initial_variables(run: Run, assembly: Assembly, *, shared: start.Programs | 
         drop_last=False,
     )
     images = prepare_eval(jnp.asarray(_images(source.train, indices[0])), mean=source.mean, std=source.std)
-    variables = start.init_variables(assembly.network, jax.random.key(stage.init_seed), images, shared=shared)
+    variables = start.init_variables(
+        assembly.network, jax.random.key(stage.init_seed), images, knobs=assembly.first_knobs(), shared=shared
+    )
     if stage.init_from is not None:
         network, copied = run.referenced(stage.init_from, source=source, default=stage)
         fresh = variables

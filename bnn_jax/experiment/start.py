@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from bnn_jax.errors import CheckpointError
+from bnn_jax.networks.base import knobs_of
 from bnn_jax.objectives.base import Objective
-from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.quantizers.base import QuantContext, evaluation_context
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import zero_metric_sums
@@ -26,11 +27,11 @@ class Programs:
     """Compiled functions that make variables of a network, for several seeds: compiled once, not for each of them.
 
     Attributes:
-      init: (key, images) -> fresh variables.
+      init: (key, images, knobs) -> fresh variables.
       recompute: (variables, images) -> variables with those that were missing.
     """
 
-    init: Callable[[jax.Array, jax.Array], dict[str, Any]]
+    init: Callable[..., dict[str, Any]]
     recompute: Callable[[dict[str, Any], jax.Array], Any]
 
 
@@ -40,7 +41,12 @@ def programs(network: Any) -> Programs:
 
 
 def init_variables(
-    network: Any, key: jax.Array, images: jax.Array, *, shared: Programs | None = None
+    network: Any,
+    key: jax.Array,
+    images: jax.Array,
+    *,
+    knobs: Mapping[str, jax.Array] | None = None,
+    shared: Programs | None = None,
 ) -> dict[str, Any]:
     """Fresh variables of a network.
 
@@ -48,17 +54,20 @@ def init_variables(
       network: Linen module.
       key: random key.
       images: (N, H, W, C) normalised images; quantizers that start from data see these.
+      knobs: values of the knobs before the first step, by name; None takes the defaults.
       shared: functions that are used for other keys too; None compiles one for this key.
     """
     if shared is not None:
-        return shared.init(key, images)
-    return jax.jit(functools.partial(_init_function(network), key))(images)
+        return shared.init(key, images, knobs or {})
+    return jax.jit(functools.partial(_init_function(network), key))(images, knobs or {})
 
 
-def _init_function(network: Any) -> Callable[[jax.Array, jax.Array], dict[str, Any]]:
-    def init(key: jax.Array, images: jax.Array) -> dict[str, Any]:
-        variables = network.init({"params": key, "quant": key}, images, QuantContext(train=True))
-        return {name: variables[name] for name in COLLECTIONS if name in variables}
+def _init_function(network: Any) -> Callable[..., dict[str, Any]]:
+    def init(key: jax.Array, images: jax.Array, knobs: Mapping[str, jax.Array]) -> dict[str, Any]:
+        variables = network.init({"params": key, "quant": key}, images, QuantContext(train=True, knobs=knobs))
+        stored = {knob.name: jnp.float32(knobs.get(knob.name, knob.default)) for knob in knobs_of(network)}
+        variables = {**variables, **({"knobs": stored} if stored else {})}
+        return {name: variables[name] for name in (*COLLECTIONS, "knobs") if name in variables}
 
     return init
 
@@ -68,8 +77,9 @@ def variable_shapes(network: Any, image_shape: tuple[int, int, int]) -> dict[str
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     shapes = jax.eval_shape(lambda x: network.init(keys, x, QuantContext(train=True)), images)
+    knobs = {knob.name: jax.ShapeDtypeStruct((), jnp.float32) for knob in knobs_of(network)}
     # A collection the network does not have is named too, as empty: restoring is then strict about it.
-    return {name: shapes.get(name, {}) for name in COLLECTIONS}
+    return {**{name: shapes.get(name, {}) for name in COLLECTIONS}, "knobs": knobs}
 
 
 def transfer(
@@ -127,12 +137,13 @@ def recompute(
     kept = {path: leaf for path, leaf in flat.items() if not any(re.search(p, path) for p in patterns)}
     variables = flax.traverse_util.unflatten_dict(kept, sep="/")
     forward = shared.recompute if shared is not None else jax.jit(_recompute_function(network))
-    return dict(forward(variables, images))
+    return {**variables, **forward(variables, images)}
 
 
 def _recompute_function(network: Any) -> Callable[[dict[str, Any], jax.Array], Any]:
     def forward(variables: dict[str, Any], images: jax.Array):
-        return network.apply(variables, images, QuantContext(), mutable=list(COLLECTIONS), rngs=keys)[1]
+        ctx = evaluation_context(variables)
+        return network.apply(variables, images, ctx, mutable=list(COLLECTIONS), rngs=keys)[1]
 
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     return forward
@@ -152,7 +163,7 @@ def create_state(
     """The state before the first step, replicated on all devices; of several seeds, stacked.
 
     Args:
-      variables: params, batch_stats, quant_state; of several seeds, stacked.
+      variables: params, batch_stats, quant_state, knobs; of several seeds, stacked.
       optimizer: optax transformation.
       objectives: loss terms.
       num_classes: K.
@@ -169,6 +180,7 @@ def create_state(
             params=variables["params"],
             batch_stats=variables.get("batch_stats", {}),
             quant_state=variables.get("quant_state", {}),
+            knobs=variables.get("knobs", {}),
             opt_state=optimizer.init(variables["params"]),
             objective_state=states,
             metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms, with_top5=log_train_top5),

@@ -136,10 +136,10 @@ def quantized_product(
     quantized = weight_quantizer.stored_bits < 32
     if ctx.stream == "real" and quantized:
         magnitude = jnp.abs(layer.get_variable("taps", "output"))
-        return jax.lax.stop_gradient(magnitude * jnp.sign(multiply(x, weight_quantizer.real_kernel(latent), None)))
+        return jax.lax.stop_gradient(magnitude * jnp.sign(multiply(x, weight_quantizer.real_kernel(latent, ctx), None)))
     scales = None
     if getattr(layer, "compute_dtype", "float32") == "bfloat16":
-        pair = (act_quantizer.code_scale(), weight_quantizer.code_scale(latent))
+        pair = (act_quantizer.code_scale(ctx), weight_quantizer.code_scale(latent, ctx))
         scales = None if any(scale is None for scale in pair) else pair
     y = multiply(act_quantizer(x, ctx), weight_quantizer(latent, ctx), scales)
     if quantized:

@@ -1,19 +1,22 @@
-"""Table of the methods: each is a function from a validated config to the stages of a run."""
+"""Table of the methods: each is a function from a validated config to the stages of a run, and a section of keys."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bnn_jax.keys import Section
 from bnn_jax.methods import asbq, basq, skd, snn, weight_search
 from bnn_jax.methods.common import add_extra_objectives, fit_memory
 from bnn_jax.stages import Stage
 
+_MODULES = {"asbq": asbq, "basq": basq, "skd": skd, "snn": snn, "weight_search": weight_search}
+
 METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {
-    "asbq": asbq.stages,
-    "basq": basq.stages,
-    "skd": skd.stages,
-    "weight_search": weight_search.stages,
-    "snn": snn.stages,
+    name: module.stages for name, module in _MODULES.items()
 }
+# The section config.<method> of each.
+SECTIONS: dict[str, Section] = {name: module.KEYS for name, module in _MODULES.items()}
+# What each is, in a line.
+SUMMARIES: dict[str, str] = {name: (module.__doc__ or "").splitlines()[0] for name, module in _MODULES.items()}
 
 
 def build(config: Mapping[str, Any]) -> tuple[Stage, ...]:

@@ -18,6 +18,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax.errors import UserError
+from bnn_jax.keys import (
+    ALL_NOT_NEGATIVE,
+    ALL_POSITIVE,
+    BITS,
+    FALLING_BITS,
+    FILE,
+    FRACTION,
+    POSITIVE,
+    SEED,
+    UNIT,
+    Key,
+    Section,
+)
 from bnn_jax.methods.common import data_spec, sgd_spec
 from bnn_jax.stages import IDENTITY, QuantSpec, Spec, Stage, spec
 
@@ -47,6 +60,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "release": RELEASE,
     "checkpoint": {**RELEASE, "block": "checkpoint"},
+}
+
+KEYS: Section = {
+    "preset": Key("paper", "published settings that fill what is empty, see bnn_jax/methods/asbq.py", tuple(PRESETS)),
+    "bits": Key((32, 8, 4, 2, 1), "bit width of each rung", FALLING_BITS),
+    "init_from": Key(None, "a checkpoint that the first rung starts from", FILE, kind=str),
+    "init_bits": Key(32, "bit width of the network in init_from, which teaches the first rung", BITS),
+    "epochs": Key((240,), "epochs per rung, or one number for all", ALL_POSITIVE),
+    "learning_rates": Key((0.1, 0.1, 0.1, 0.01, 0.01), "base rate per rung, or one for all", ALL_POSITIVE),
+    "learning_rate_boundaries": Key((80.0, 120.0, 180.0), "epochs at which the factor changes", ALL_NOT_NEGATIVE),
+    "learning_rate_factors": Key((1.0, 0.1, 0.01, 0.001), "factors on the base rate", ALL_NOT_NEGATIVE),
+    "schedule_epochs": Key(
+        None, "epochs the boundaries are meant for, scaled to those of a rung; None: not scaled", POSITIVE, kind=int
+    ),
+    "block": Key(None, "block of the ResNets", ("release", "checkpoint", "imagenet"), kind=str),
+    "w1": Key(None, "1-bit weights: binary, or with several levels as released", ("sign", "levels"), kind=str),
+    "prune_amount": Key(0.05, "share of filters (VGG-Small: 1x2 blocks) masked", FRACTION),
+    "prune_apply": Key(None, "where the mask is applied", ("before_quant", "after_quant"), kind=str),
+    "prune_source": Key(None, "weights that the masks are chosen from", ("random_init", "copied_weights"), kind=str),
+    "mask_seed": Key(1000, "seed of the random masks of all rungs but the first", SEED),
+    "init": Key(None, "initial values of quantized convolutions", ("uniform", "he_normal"), kind=str),
+    "copy_from": Key(None, "epoch of the previous rung that is copied", ("best", "last"), kind=str),
+    "kd_weight": Key(None, "share of distillation in the loss", UNIT, kind=float),
+    "kd_temperature": Key(5.0, "temperature of distillation", POSITIVE),
+    "kd_reduction": Key(
+        None, "mean of the divergence over images ('batchmean'), or over classes too", ("mean", "batchmean"), kind=str
+    ),
+    "kd_factor": Key(None, "factor on the divergence, T the temperature", ("1", "T2", "2T2"), kind=str),
 }
 
 IMAGENET_NETWORKS = ("resnet18", "resnet34")

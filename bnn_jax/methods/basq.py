@@ -23,7 +23,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax.errors import UserError
-from bnn_jax.methods.common import data_spec, teacher_stage
+from bnn_jax.keys import (
+    ALL_POSITIVE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TWO_NOT_NEGATIVE,
+    UNIT,
+    Key,
+    Section,
+    at_least,
+    between,
+)
+from bnn_jax.methods.common import data_spec, teacher_keys, teacher_stage
 from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,6 +45,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         "one_random_stream": False,
         "report_epoch": "last",
     },
+}
+
+KEYS: Section = {
+    "preset": Key("release", "published settings that fill what is empty, see bnn_jax/methods/basq.py", tuple(PRESETS)),
+    "bits": Key(2, "bits of weights and activations; 2-bit weights are ternary", between(2, 8)),
+    "branch_decays": Key(
+        (1e-2, 5e-3, 1e-3, 5e-4, 1e-4, 5e-5, 1e-5), "L2 of the clip values, one per branch", TWO_NOT_NEGATIVE
+    ),
+    "epochs": Key((280,), "epochs per phase of the supernet, or one number for both", ALL_POSITIVE),
+    "learning_rate": Key(3.75e-4, "rate of Adam at the start, falling to 0 by a cosine over the steps", POSITIVE),
+    "schedule_steps": Key(None, "steps of the cosine; None: those of the phase", POSITIVE, kind=int),
+    "weight_decay": Key(5e-6, "L2 of the convolutions", NOT_NEGATIVE),
+    "gradient_clip_norm": Key(10.0, "L2 norm that the gradient is clipped to", POSITIVE),
+    "unselected": Key(
+        "decay", "branches a step has not chosen: have gradient 0 ('decay') or are left alone", ("decay", "freeze")
+    ),
+    "folds": Key(10, "folds of the images that the search looks at, each with a winner of its own", at_least(2)),
+    "fold_kind": Key(
+        None,
+        "what a fold holds: neighbours in the order of classes, or every class alike",
+        ("contiguous", "stratified"),
+        kind=str,
+    ),
+    "fold_batch": Key(200, "images in a batch of contiguous folds", POSITIVE),
+    "search_on": Key(
+        None, "images of the folds; 'validation' are held out from training", ("test", "validation"), kind=str
+    ),
+    "one_random_stream": Key(None, "whether one random stream runs through all folds; else each has a seed", kind=bool),
+    "report_epoch": Key(None, "epoch of the fine-tuning that is reported", ("best", "last"), kind=str),
+    "population": Key(45, "paths in a generation", POSITIVE),
+    "mutations": Key(15, "paths of a generation that are mutations", NOT_NEGATIVE),
+    "crossovers": Key(15, "paths of a generation that are crossovers", NOT_NEGATIVE),
+    "parents": Key(10, "best paths so far, which the next ones are made from", POSITIVE),
+    "generations": Key(20, "generations after the first, random one", NOT_NEGATIVE),
+    "mutation_probability": Key(0.1, "probability with which each gene mutates", UNIT),
+    "paths_at_once": Key(0, "paths evaluated side by side; 0: chosen by the device", NOT_NEGATIVE, may_change=True),
+    "finetune_epochs": Key(3, "epochs of fine-tuning for each winner", POSITIVE),
+    "finetune_learning_rate": Key(7.5e-6, "learning rate of fine-tuning", POSITIVE),
+    **teacher_keys("standard_resnet18_cifar"),
 }
 
 TEACHER, FIRST, SECOND, SEARCH = "teacher", "supernet_activations", "supernet", "search"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax.errors import UserError
+from bnn_jax.keys import POSITIVE, STAGE_OR_FILE, Key, Section
 from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 # Weights of the self-distillation terms in the published recipes.
@@ -39,6 +40,16 @@ def sgd_spec(config: Mapping[str, Any], *, learning_rate: Spec, epochs: int) -> 
         groups=(ParameterGroup(".*", weight_decay=train["weight_decay"]),),
         drop_last_batch=train["drop_last_batch"],
     )
+
+
+def teacher_keys(network: str) -> Section:
+    """Keys of a method whose teacher is a file or is trained first, see ``teacher_stage``."""
+    return {
+        "teacher": Key("stage", "whether it is trained first, or read from a checkpoint", STAGE_OR_FILE),
+        "teacher_network": Key(network, "network of the teacher", table="bnn_jax.networks.NETWORKS"),
+        "teacher_epochs": Key(200, "epochs of the teacher; config.train has its momentum and weight decay", POSITIVE),
+        "teacher_learning_rate": Key(0.1, "its learning rate at the start, falling to 0 by a cosine", POSITIVE),
+    }
 
 
 def teacher_stage(config: Mapping[str, Any], section: Mapping[str, Any], *, name: str) -> Stage:

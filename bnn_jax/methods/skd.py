@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax.errors import UserError
+from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Section
+from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T
 from bnn_jax.methods.common import data_spec
 from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
@@ -24,6 +26,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 MLP_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"strict_release": False, "reset_bank": False, "task_loss": "squared_hinge", "hidden": 2048},
     "release": {"strict_release": True, "reset_bank": True, "task_loss": "cross_entropy", "hidden": 6144},
+}
+
+KEYS: Section = {
+    "preset": Key("paper", "published settings that fill what is empty, see bnn_jax/methods/skd.py", tuple(PRESETS)),
+    "distill": Key(True, "whether the network teaches itself; False: IR-Net alone"),
+    "epochs": Key((700,), "epochs per stage; each stage starts from the weights of the one before", ALL_POSITIVE),
+    "learning_rates": Key((0.1,), "learning rate per stage, after the warm-up", ALL_POSITIVE),
+    "warmup_epochs": Key((8,), "epochs per stage in which the rate rises", ALL_NOT_NEGATIVE),
+    "final_learning_rate": Key(0.0, "what the cosine approaches", NOT_NEGATIVE),
+    "optimizer": Key("sgd", "optimiser", ("sgd", "adam")),
+    "feature_weight": Key(1.0, "alpha, weight of the feature loss", NOT_NEGATIVE),
+    "label_weight": Key(0.05, "beta, weight of the label loss", NOT_NEGATIVE),
+    "cluster_weight": Key(0.01, "gamma, weight of the cluster loss", NOT_NEGATIVE),
+    "temperature": Key(4.0, "temperature of the label bank", POSITIVE),
+    "strict_release": Key(None, "whether classes that were never right have rows of NaN in the bank", kind=bool),
+    "reset_bank": Key(None, "whether the bank is cleared every epoch (MNIST release)", kind=bool),
+    "task_loss": Key(None, "loss with the labels", ("cross_entropy", "squared_hinge"), kind=str),
+    "hidden": Key(None, "units of each hidden layer of the MLP; other networks have none", POSITIVE, kind=int),
+    "dropout": Key(0.5, "dropout rate of the MLP", FRACTION),
+    "log_gradient_norms": Key(
+        False, "whether the gradient norm of every loss term is recorded, at the cost of a backward pass for each"
+    ),
 }
 
 # Initialisers of the released networks: convolutions fan-in (CIFAR ResNets) or fan-out.
@@ -83,7 +107,7 @@ def _stage(config: Mapping[str, Any], switches: Mapping[str, Any], names: list[s
         data=data_spec(config),
         objectives=objectives(config, switches),
         optim=optim_spec(config, index),
-        knobs=(("error_decay_k", spec("error_decay_k")), ("error_decay_t", spec("error_decay_t"))),
+        knobs=() if _is_mlp(config) else tuple((knob.name, spec(knob.name)) for knob in (ERROR_DECAY_K, ERROR_DECAY_T)),
         # The second stage takes everything a state dict holds: weights and running statistics, not the optimiser.
         init_from=None if index == 0 else f"stage:{names[index - 1]}@last",
         transfer=("params", "batch_stats"),

@@ -20,7 +20,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from bnn_jax.errors import UserError
-from bnn_jax.methods.common import data_spec, teacher_stage
+from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, POSITIVE, Key, Section, between
+from bnn_jax.knobs import REFINE_CODEBOOK
+from bnn_jax.methods.common import data_spec, teacher_keys, teacher_stage
 from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -29,10 +31,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     "release_4gpu": {"refine": False, "maintenance": "release", "pattern_optimizer": "release14"},
 }
 
+KEYS: Section = {
+    "preset": Key("paper", "published settings that fill what is empty, see bnn_jax/methods/snn.py", tuple(PRESETS)),
+    "tau": Key(
+        5,
+        "bits of an index; codebooks have 2**tau patterns, a weight tau/9 bits; 9: ordinary binary weights",
+        between(1, 9),
+    ),
+    "two_step": Key(True, "whether a step of binary activations comes first; False: sub-bit weights from scratch"),
+    "epochs": Key((256,), "epochs per step, or one number for both", ALL_POSITIVE),
+    "learning_rate": Key(1e-3, "rate of Adam at the start, falling linearly to 0", POSITIVE),
+    "weight_decays": Key((1e-5, 0.0), "L2 per step, or one for both", ALL_NOT_NEGATIVE),
+    "refine": Key(None, "whether codebooks are trained", kind=bool),
+    "refine_interval": Key(25, "steps from one gradient of the codebooks to the next", POSITIVE),
+    "maintenance": Key(None, "where new patterns are put, see bnn_jax/methods/snn.py", ("clean", "release"), kind=str),
+    "pattern_optimizer": Key(
+        None,
+        "Adam between two gradients of a codebook: goes on ('release14') or waits",
+        ("release14", "skip"),
+        kind=str,
+    ),
+    **teacher_keys("standard_resnet20"),
+}
+
 TEACHER, FIRST, SECOND = "teacher", "binary_activations", "sub_bit"
 
 # Knob of bnn_jax.quantizers.codebook.
-REFINE_KNOB = "refine_codebook"
 # On the steps between two gradients of a codebook, Adam takes it for one of 0 (PyTorch 1.4), or does nothing (2.0).
 WITHOUT_GRADIENT: dict[str, Literal["step", "skip"]] = {"release14": "step", "skip": "skip"}
 
@@ -94,7 +118,7 @@ def _step(
         data=data_spec(config),
         objectives=(spec("distillation", weight=1.0, temperature=1.0, measure="cross_entropy"),),
         optim=optim_spec(config, switches, sub_bit=sub_bit, epochs=epochs, weight_decay=weight_decay),
-        knobs=((REFINE_KNOB, spec("every", interval=snn["refine_interval"])),) if refine else (),
+        knobs=((REFINE_CODEBOOK.name, spec("every", interval=snn["refine_interval"])),) if refine else (),
         projections=(spec("refill_codebooks", maintenance=switches["maintenance"]),) if refine else (),
         # The second step continues the first, running statistics included; only its codebooks are new.
         init_from=None if previous is None else f"stage:{previous}@last",
@@ -133,6 +157,6 @@ def _codebook_group(switches: Mapping[str, Any], weight_decay: float) -> Paramet
     return ParameterGroup(
         CODEBOOKS,
         weight_decay=weight_decay,
-        gradient_knob=REFINE_KNOB,
+        gradient_knob=REFINE_CODEBOOK.name,
         without_gradient=WITHOUT_GRADIENT[switches["pattern_optimizer"]],
     )

@@ -17,6 +17,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax.errors import UserError
+from bnn_jax.keys import (
+    ALL_NOT_NEGATIVE,
+    ALL_POSITIVE,
+    BITS_IN_TURN,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    Condition,
+    Key,
+    Section,
+    between,
+)
+from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T, NOISE, TEMPERATURE
 from bnn_jax.methods.common import data_spec, sgd_spec
 from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
@@ -29,6 +42,47 @@ RELEASE_BY_EPOCH = ("standard_resnet20",)
 
 # Instead of a list of values: the same network and recipe in full precision, which the search is compared with.
 FULL_PRECISION = "fp32"
+
+KEYS: Section = {
+    "preset": Key(
+        "paper", "published settings that fill what is empty, see bnn_jax/methods/weight_search.py", tuple(PRESETS)
+    ),
+    "values": Key(
+        "po2-2b",
+        "values of a weight: '1b', 'po2-2b', 'po2-3b', 'po2-4b', 'int-2b', 'int-3b', 'int-4b', a list such as "
+        "(-1.0, 0.0, 1.0), or 'fp32' for the same training in full precision",
+        Condition("the name of a set or a list of numbers", lambda _: True),
+        kind=object,
+    ),
+    "by_bit": Key(
+        (),
+        "(0, 1, ...): signs first, then a halving for each further bit; values are not used then",
+        BITS_IN_TURN,
+        item=int,
+    ),
+    "epochs": Key((200,), "epochs per stage, or one number for all", ALL_POSITIVE),
+    "learning_rate": Key(0.1, "learning rate at the start", POSITIVE),
+    "schedule_unit": Key(None, "how often the cosine moves", ("epoch", "step"), kind=str),
+    "learning_rate_boundaries": Key(
+        (), "epochs at which the rate is multiplied instead of following a cosine", ALL_NOT_NEGATIVE, item=float
+    ),
+    "learning_rate_factor": Key(0.1, "factor on the rate at each of the boundaries", POSITIVE),
+    "temperature": Key(1.0, "temperature of the choices, at the start", POSITIVE),
+    "temperature_rate": Key(0.97, "factor on the temperature", RATE),
+    "temperature_interval": Key(1, "epochs between two such factors", POSITIVE),
+    "temperature_floor": Key(1e-5, "smallest temperature", POSITIVE),
+    "soft": Key(False, "whether training uses the expected weight instead of the chosen one"),
+    "noise": Key(0.0, "factor on Gumbel noise in training; 0: nothing is drawn", NOT_NEGATIVE),
+    "noise_rate": Key(1.0, "factor on the noise", RATE),
+    "noise_interval": Key(1, "epochs between two such factors", POSITIVE),
+    "quantize_first": Key(False, "whether the first convolution is searched too"),
+    "quantize_last": Key(False, "whether the classifier is searched too"),
+    "logit_weight_decay": Key(
+        None, "L2 of the logits alone; None: config.train.weight_decay", NOT_NEGATIVE, kind=float
+    ),
+    "activations": Key("identity", "activation quantizer", table="bnn_jax.quantizers.ACT"),
+    "activation_bits": Key(1, "bits of activation quantizer 'dorefa'", between(1, 8)),
+}
 
 # By bit: what the first stage chooses between, and the factors each further one multiplies with.
 SIGNS, FACTORS = (1.0, -1.0), (1.0, 0.5)
@@ -162,12 +216,12 @@ def knobs(config: Mapping[str, Any], weight: Spec) -> tuple[tuple[str, Spec], ..
     found = []
     if weight != IDENTITY:
         options = {key: section[f"temperature_{key}"] for key in ("rate", "interval", "floor")}
-        found.append(("temperature", spec("decay_by_epoch", initial=section["temperature"], **options)))
+        found.append((TEMPERATURE.name, spec("decay_by_epoch", initial=section["temperature"], **options)))
         if section["noise"] > 0:
             options = {key: section[f"noise_{key}"] for key in ("rate", "interval")}
-            found.append(("noise", spec("decay_by_epoch", initial=section["noise"], **options)))
+            found.append((NOISE.name, spec("decay_by_epoch", initial=section["noise"], **options)))
     if section["activations"] == "irnet":
-        found += [(name, spec(name)) for name in ("error_decay_k", "error_decay_t")]
+        found += [(knob.name, spec(knob.name)) for knob in (ERROR_DECAY_K, ERROR_DECAY_T)]
     return tuple(found)
 
 

@@ -17,7 +17,7 @@ from bnn_jax.networks.resnet import CifarResNet, ImageNetResNet
 from bnn_jax.networks.searched import SEARCHED_NETWORKS
 from bnn_jax.networks.standard import StandardResNet, StandardVgg
 from bnn_jax.networks.vgg_small import VggSmall
-from bnn_jax.quantizers import ActQuantizer, build_act, build_weight
+from bnn_jax.quantizers import ActQuantizer, build_act, build_weight, declared_knobs
 from bnn_jax.stages import IDENTITY, QuantSpec, Spec
 
 
@@ -176,6 +176,7 @@ def build_layers(
         inner_dense=functools.partial(QuantDense, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),
         act=act,
         searched_act=functools.partial(_searched_act, quant.searched),
+        knobs=declared_knobs(quant),
     )
 
 

@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.knobs import Knob
 from bnn_jax.layers.conv import keep_latest
 from bnn_jax.quantizers.base import ActQuantizer
 
@@ -40,6 +41,7 @@ class Layers:
       act: activation quantizer on its own, for blocks that quantize somewhere else than at a convolution's input.
       searched_act: activation quantizer with branches: (index, branches) -> factory; 32-bit activations by default.
       remat: whether the backward pass computes the inside of every block a second time instead of keeping it.
+      knobs: what the quantizers read.
     """
 
     conv: Callable[..., nn.Module]
@@ -50,6 +52,7 @@ class Layers:
     act: Callable[..., ActQuantizer]
     searched_act: Callable[..., Callable[..., ActQuantizer]] = lambda index, branches: ActQuantizer
     remat: bool = False
+    knobs: tuple[Knob, ...] = ()
 
     def block(self, make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         """A block's class, or a partial of one, as networks are to build it."""
@@ -70,6 +73,12 @@ class Layers:
     def inner_dense_without_act(self, *args: Any, **options: Any) -> nn.Module:
         """A hidden dense layer whose input is taken as it is."""
         return self.inner_dense(*args, act_quantizer=ActQuantizer, **options)
+
+
+def knobs_of(network: nn.Module) -> tuple[Knob, ...]:
+    """The knobs that the quantizers of a network read."""
+    layers = getattr(network, "layers", None)
+    return () if layers is None else layers.knobs
 
 
 def flatten_channels_first(x: jax.Array) -> jax.Array:

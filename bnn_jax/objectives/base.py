@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.knobs import Knob
 from bnn_jax.quantizers.base import QuantContext
 
 
@@ -57,6 +58,8 @@ class Objective:
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the step has to provide besides logits and features: 'teacher_logits', 'real_features'."""
+    knobs: ClassVar[tuple[Knob, ...]] = ()
+    """The knobs this term reads; a stage gives each of them a schedule."""
 
     @property
     def pictures(self) -> frozenset[str]:

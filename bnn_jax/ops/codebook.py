@@ -98,7 +98,7 @@ def nearest(rows: jax.Array, patterns: jax.Array) -> jax.Array:
     return jnp.argmax(products, axis=-1).astype(jnp.int32)
 
 
-def assign(rows: jax.Array, codebook: jax.Array, patterns: jax.Array, refine: jax.Array | None = None) -> jax.Array:
+def assign(rows: jax.Array, codebook: jax.Array, patterns: jax.Array, refine: jax.Array | float = 0.0) -> jax.Array:
     """Replaces each row by its nearest pattern; the codebook gets a gradient where ``refine`` says so.
 
     Forward: ``b_k = patterns[nearest(rows_k)]``, exactly -1 and +1.
@@ -109,15 +109,13 @@ def assign(rows: jax.Array, codebook: jax.Array, patterns: jax.Array, refine: ja
       rows: (K, 9), real.
       codebook: (n, 9), real, whose values play no part in the forward pass.
       patterns: (n, 9), -1 and +1, made from the codebook by ``remember``.
-      refine: scalar, or None for never (nothing is computed for the codebook then).
+      refine: scalar.
 
     Returns:
       (K, 9), -1 and +1.
 
     Reference: SNN, Wang et al. 2021 (arXiv 2110.09195); release: yikaiw/SNN.
     """
-    if refine is None:
-        codebook, refine = jax.lax.stop_gradient(codebook), jnp.zeros(())
     return _assign(rows, codebook, jax.lax.stop_gradient(patterns), jnp.asarray(refine, jnp.float32))
 
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from bnn_jax.knobs import Knob
 from bnn_jax.quantizers.approx_sign import ApproxSignAct
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, WeightQuantizer
 from bnn_jax.quantizers.branch_clip import BranchClipAct
@@ -13,7 +14,7 @@ from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
 from bnn_jax.quantizers.lsq import LsqAct, LsqWeight
 from bnn_jax.quantizers.pruned import Pruned
-from bnn_jax.stages import Spec
+from bnn_jax.stages import QuantSpec, Spec
 
 WEIGHT: dict[str, type[WeightQuantizer]] = {
     "identity": WeightQuantizer,
@@ -55,6 +56,17 @@ def build_act(spec: Spec) -> Callable[..., ActQuantizer]:
     return _factory(ACT, spec, "activation quantizer")
 
 
+def declared_knobs(quant: QuantSpec) -> tuple[Knob, ...]:
+    """The knobs that the quantizers of a network's layers read, each once, sorted by name."""
+    weights = (quant.weight, quant.first, quant.last, quant.shortcut)
+    quantizers = [
+        build(choice)(parent=None)
+        for build, choices in ((build_weight, weights), (build_act, (quant.act, quant.searched)))
+        for choice in choices
+    ]
+    return tuple(sorted({knob for quantizer in quantizers for knob in quantizer.knobs}, key=lambda knob: knob.name))
+
+
 def _factory(table: dict[str, Any], spec: Spec, kind: str) -> Callable[..., Any]:
     if spec.name not in table:
         raise ValueError(f"{kind} {spec.name!r}: accepted are {', '.join(table)}")
@@ -62,4 +74,14 @@ def _factory(table: dict[str, Any], spec: Spec, kind: str) -> Callable[..., Any]
     return functools.partial(table[spec.name], **options)
 
 
-__all__ = ["ACT", "WEIGHT", "ActQuantizer", "Encoded", "QuantContext", "WeightQuantizer", "build_act", "build_weight"]
+__all__ = [
+    "ACT",
+    "WEIGHT",
+    "ActQuantizer",
+    "Encoded",
+    "QuantContext",
+    "WeightQuantizer",
+    "build_act",
+    "build_weight",
+    "declared_knobs",
+]

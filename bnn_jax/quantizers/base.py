@@ -16,6 +16,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.knobs import Knob
+
 Shape = tuple[int, ...]
 Initializer = Callable[..., jax.Array]
 
@@ -28,7 +30,7 @@ class QuantContext:
       train: whether batch statistics are used and state may change (static).
       stream: 'quant' for the network itself, 'real' for the second, real-valued pass of self-distillation (static).
       step: int32 scalar, optimiser steps done before this one.
-      knobs: scalars that follow a schedule, by name.
+      knobs: values of the knobs by name: in training those of the step, else those stored with the network's variables.
       choice: int32 vector of chosen branches, or None outside a supernet.
       mask: (N,) bool, the valid rows of the batch; None means all.
     """
@@ -39,6 +41,23 @@ class QuantContext:
     knobs: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
     choice: jax.Array | None = None
     mask: jax.Array | None = None
+
+    def knob(self, knob: Knob) -> jax.Array | float:
+        """Value of a knob, or its default where none is given; building a stage has checked that none is forgotten."""
+        return self.knobs.get(knob.name, knob.default)
+
+
+def evaluation_context(
+    variables: Mapping[str, Any], *, mask: jax.Array | None = None, choice: jax.Array | None = None
+) -> QuantContext:
+    """The context in which a network is evaluated: with the knobs that are stored in its own variables.
+
+    Args:
+      variables: variables of the network.
+      mask: (N,) bool, the valid rows of the batch; None means all.
+      choice: int32 vector of chosen branches, or None.
+    """
+    return QuantContext(knobs=variables.get("knobs", {}), mask=mask, choice=choice)
 
 
 @flax.struct.dataclass
@@ -72,6 +91,11 @@ class WeightQuantizer(nn.Module):
     """
 
     bits: float = 32.0
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """The knobs this quantizer reads; a stage gives each of them a schedule."""
+        return ()
 
     @property
     def stored_bits(self) -> float:
@@ -117,16 +141,16 @@ class WeightQuantizer(nn.Module):
         """Quantized kernel (kh, kw, I, O) from the latent weights."""
         return latent
 
-    def real_kernel(self, latent: jax.Array) -> jax.Array:
+    def real_kernel(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         """Real-valued view of the weights, for the real stream of self-distillation."""
         return latent
 
-    def code_scale(self, latent: jax.Array) -> jax.Array | None:
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array | None:
         """Scale whose integer multiples, at most 256 in magnitude, are the quantized weights; None if there is none."""
         return None
 
-    def encode(self, latent: jax.Array) -> Encoded | None:
-        """Exact look-up form of the evaluation weights, or None for real-valued weights."""
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> Encoded | None:
+        """Exact look-up form of the weights in an evaluation with ``ctx``, or None for real-valued weights."""
         return None
 
 
@@ -139,15 +163,20 @@ class ActQuantizer(nn.Module):
 
     bits: float = 32.0
 
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """The knobs this quantizer reads; a stage gives each of them a schedule."""
+        return ()
+
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """Quantized activations of the shape of ``x`` (N, H, W, C)."""
         return x
 
-    def levels(self) -> jax.Array | None:
+    def levels(self, ctx: QuantContext) -> jax.Array | None:
         """The values activations can take, increasing, or None if they are not a fixed set."""
         return None
 
-    def code_scale(self) -> jax.Array | float | None:
+    def code_scale(self, ctx: QuantContext) -> jax.Array | float | None:
         """Scale whose integer multiples, at most 256 in magnitude, are the levels; None if there is none."""
         return None
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax.knobs import NOISE, TEMPERATURE, Knob
 from bnn_jax.ops import categorical
 from bnn_jax.quantizers.base import Encoded, Initializer, QuantContext, Shape, WeightQuantizer
 
@@ -22,9 +23,6 @@ VALUE_SETS: dict[str, tuple[float, ...]] = {
     "int-3b": tuple(map(float, range(-4, 4))),
     "int-4b": tuple(map(float, range(-8, 8))),
 }
-
-# Knobs a stage may drive; without them the temperature is 1 and no random number is drawn.
-TEMPERATURE_KNOB, NOISE_KNOB = "temperature", "noise"
 
 LARGEST_CODE = 256  # the largest integer up to which bfloat16 holds every integer
 INITIAL_NOISE = 1e-5
@@ -59,9 +57,9 @@ class CategoricalWeight(WeightQuantizer):
     """Every weight is one of K values; K logits for each say which.
 
     Forward: ``w = values[argmax_k s_k]`` (mode 'hard', and every evaluation), or in training with mode 'soft'
-      ``w = sum_k p_k values_k``, where ``s = logits + r * g`` and ``p = softmax(s / T)``. T is the knob ``temperature``
-      (1 without it); r is the knob ``noise`` and g standard Gumbel noise from the random stream 'quant'; without that
-      knob, and in evaluation, s are the logits and nothing is drawn. Evaluation depends neither on T nor on r.
+      ``w = sum_k p_k values_k``, where ``s = logits + r * g`` and ``p = softmax(s / T)``. T and r are the knobs
+      ``temperature`` and ``noise``, g is standard Gumbel noise from the random stream 'quant'; without the knob
+      ``noise``, and in evaluation, s are the logits and nothing is drawn. Evaluation depends neither on T nor on r.
     Backward: in both modes ``dlogits_k = dw / T * p_k * (values_k - sum_j p_j values_j)``.
 
     The logits are the layer's ``kernel``, with the candidate axis in front: (K, kh, kw, I, O). They start at ln(1/K)
@@ -94,6 +92,10 @@ class CategoricalWeight(WeightQuantizer):
         super().__post_init__()
 
     @property
+    def knobs(self) -> tuple[Knob, ...]:
+        return (TEMPERATURE, NOISE)
+
+    @property
     def candidates(self) -> tuple[float, ...]:
         """The K values in their order."""
         return candidates_of(self.values)
@@ -123,11 +125,11 @@ class CategoricalWeight(WeightQuantizer):
 
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         scores = latent
-        if ctx.train and NOISE_KNOB in ctx.knobs:
+        if ctx.train and NOISE.name in ctx.knobs:
             gumbel = jax.random.gumbel(self.make_rng("quant"), latent.shape, latent.dtype)
-            scores = categorical.with_noise(latent, gumbel, ctx.knobs[NOISE_KNOB])
+            scores = categorical.with_noise(latent, gumbel, ctx.knob(NOISE))
         mode = self.mode if ctx.train else "hard"
-        return self.choose(scores, mode=mode, temperature=ctx.knobs.get(TEMPERATURE_KNOB, 1.0))
+        return self.choose(scores, mode=mode, temperature=ctx.knob(TEMPERATURE))
 
     def choose(
         self, scores: jax.Array, *, mode: Literal["hard", "soft"] = "hard", temperature: jax.Array | float = 1.0
@@ -137,16 +139,16 @@ class CategoricalWeight(WeightQuantizer):
         base = self.base(scores)
         return chosen if base is None else chosen * base
 
-    def real_kernel(self, latent: jax.Array) -> jax.Array:
+    def real_kernel(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         raise ValueError("categorical quantizer: its weights have no real-valued view; feature_swap cannot be used")
 
-    def code_scale(self, latent: jax.Array) -> jax.Array | None:
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array | None:
         if self.mode == "soft":
             return None
         scale = common_divisor(self.weight_levels)
         return None if scale is None else jnp.asarray(scale, latent.dtype)
 
-    def encode(self, latent: jax.Array) -> Encoded:
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> Encoded:
         levels = jnp.asarray(self.weight_levels, jnp.float32)
         indices = jnp.searchsorted(levels, self.choose(latent))
         dtype = jnp.uint8 if levels.size <= 256 else jnp.uint16

@@ -6,11 +6,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.knobs import REFINE_CODEBOOK, Knob
 from bnn_jax.ops import codebook as ops
 from bnn_jax.quantizers.base import Encoded, QuantContext, Shape, WeightQuantizer, encode_integers
-
-# Knob that is above 0 on the training steps on which codebooks have a gradient; where it is absent they never have.
-REFINE_KNOB = "refine_codebook"
 
 
 @flax.struct.dataclass
@@ -69,6 +67,10 @@ class CodebookWeight(WeightQuantizer):
         self.memory = self.variable("quant_state", "memory", lambda: jnp.where(self.codebook > 0, 1.0, -1.0))
 
     @property
+    def knobs(self) -> tuple[Knob, ...]:
+        return (REFINE_CODEBOOK,)
+
+    @property
     def stored_bits(self) -> float:
         return self.tau / ops.POSITIONS
 
@@ -87,22 +89,22 @@ class CodebookWeight(WeightQuantizer):
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         _require_3x3(latent.shape)
         patterns = self.patterns()
-        binary = ops.assign(ops.to_rows(latent), self.codebook, patterns, ctx.knobs.get(REFINE_KNOB))
+        binary = ops.assign(ops.to_rows(latent), self.codebook, patterns, ctx.knob(REFINE_CODEBOOK))
         if ctx.train and self.is_mutable_collection("quant_state"):
             self.memory.value = patterns
-        return ops.from_rows(binary, latent.shape) * self.code_scale(latent)
+        return ops.from_rows(binary, latent.shape) * self.code_scale(latent, ctx)
 
-    def code_scale(self, latent: jax.Array) -> jax.Array:
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return jax.lax.stop_gradient(jnp.mean(jnp.abs(latent), axis=(0, 1, 2), keepdims=True))
 
-    def encode(self, latent: jax.Array) -> EncodedKernels:
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> EncodedKernels:
         _require_3x3(latent.shape)
         patterns = self.patterns()
         indices = ops.nearest(ops.to_rows(latent), patterns).reshape(latent.shape[3], latent.shape[2])
         dtype = jnp.uint8 if len(patterns) <= 256 else jnp.uint16
-        return EncodedKernels(indices=indices.T.astype(dtype), levels=patterns, scale=self.code_scale(latent))
+        return EncodedKernels(indices=indices.T.astype(dtype), levels=patterns, scale=self.code_scale(latent, ctx))
 
-    # Costs: see bnn_jax.report.complexity.
+    # Costs: see bnn_jax.report.costs.
 
     @property
     def codebook_bits(self) -> int:

@@ -54,13 +54,13 @@ class DorefaWeight(WeightQuantizer):
             return uniform.sign_weight(latent)
         return uniform.integer_levels_weight(latent)
 
-    def code_scale(self, latent: jax.Array) -> jax.Array:
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         if self.bits > 1:
             return uniform.dorefa_weight_range(latent) / (2.0**self.bits - 1)
         return uniform.mean_magnitude(latent)
 
-    def encode(self, latent: jax.Array) -> Encoded:
-        scale = self.code_scale(latent)
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> Encoded:
+        scale = self.code_scale(latent, ctx)
         codes = jnp.round(self.quantize(latent) / jnp.where(scale == 0, 1.0, scale))
         if self.bits > 1 or self.one_bit == "sign":
             n = 2 ** int(self.bits) - 1
@@ -89,9 +89,9 @@ class DorefaAct(ActQuantizer):
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         return uniform.dorefa_activation(x, int(self.bits))
 
-    def levels(self) -> jax.Array:
+    def levels(self, ctx: QuantContext) -> jax.Array:
         n = 2 ** int(self.bits) - 1
         return jnp.arange(n + 1, dtype=jnp.float32) / n
 
-    def code_scale(self) -> float:
+    def code_scale(self, ctx: QuantContext) -> float:
         return 1.0 / (2 ** int(self.bits) - 1)

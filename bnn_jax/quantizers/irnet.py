@@ -3,16 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T, Knob
 from bnn_jax.ops import balance, ste
 from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, Shape, WeightQuantizer, encode_integers
 
-# Values of the gradient's height and inverse width where no schedule drives them; they never touch the forward pass.
-DEFAULT_K, DEFAULT_T = 10.0, 0.1
+# Of the gradient alone: the forward pass does not depend on them.
+GRADIENT_KNOBS = (ERROR_DECAY_K, ERROR_DECAY_T)
 
 
 def error_decay_sign(x: jax.Array, ctx: QuantContext) -> jax.Array:
-    """``ops.ste.error_decay_sign`` with k and t from the knobs ``error_decay_k`` and ``error_decay_t``."""
-    return ste.error_decay_sign(x, ctx.knobs.get("error_decay_k", DEFAULT_K), ctx.knobs.get("error_decay_t", DEFAULT_T))
+    """``ops.ste.error_decay_sign`` with k and t from the knobs."""
+    return ste.error_decay_sign(x, *map(ctx.knob, GRADIENT_KNOBS))
 
 
 class IrNetWeight(WeightQuantizer):
@@ -29,6 +30,10 @@ class IrNetWeight(WeightQuantizer):
 
     bits: float = 1.0
 
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        return GRADIENT_KNOBS
+
     def scale_count(self, kernel_shape: Shape) -> int:
         return kernel_shape[-1]
 
@@ -36,14 +41,14 @@ class IrNetWeight(WeightQuantizer):
         standardized = balance.standardize(latent)
         return _filter_scale(standardized) * error_decay_sign(standardized, ctx)
 
-    def real_kernel(self, latent: jax.Array) -> jax.Array:
+    def real_kernel(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return balance.standardize(latent)
 
-    def code_scale(self, latent: jax.Array) -> jax.Array:
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return _filter_scale(balance.standardize(latent))
 
-    def encode(self, latent: jax.Array) -> Encoded:
-        return encode_integers(jnp.sign(balance.standardize(latent)), self.code_scale(latent), -1, 1)
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> Encoded:
+        return encode_integers(jnp.sign(balance.standardize(latent)), self.code_scale(latent, ctx), -1, 1)
 
 
 def _filter_scale(standardized: jax.Array) -> jax.Array:
@@ -68,10 +73,10 @@ class SignWeight(WeightQuantizer):
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return ste.sign(latent)
 
-    def code_scale(self, latent: jax.Array) -> jax.Array:
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return jnp.ones(())
 
-    def encode(self, latent: jax.Array) -> Encoded:
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> Encoded:
         return encode_integers(jnp.sign(latent), jnp.ones(()), -1, 1)
 
 
@@ -80,10 +85,10 @@ class SignActBase(ActQuantizer):
 
     bits: float = 1.0
 
-    def levels(self) -> jax.Array:
+    def levels(self, ctx: QuantContext) -> jax.Array:
         return jnp.array([-1.0, 0.0, 1.0])
 
-    def code_scale(self) -> float:
+    def code_scale(self, ctx: QuantContext) -> float:
         return 1.0
 
 
@@ -98,6 +103,10 @@ class IrNetAct(SignActBase):
 
     Reference: IR-Net, Qin et al. 2020 (arXiv 1909.10788), equations 12 to 14.
     """
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        return GRADIENT_KNOBS
 
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         return error_decay_sign(x, ctx)

@@ -43,13 +43,13 @@ class LsqWeight(WeightQuantizer):
         scale = ops.gradient_scale(latent.size, highest)
         return ops.learned_step(latent, self.step(latent), lowest=lowest, highest=highest, scale=scale)
 
-    def code_scale(self, latent: jax.Array) -> jax.Array:
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return self.step(latent).reshape((1,) * (latent.ndim - 1) + (-1,))
 
-    def encode(self, latent: jax.Array) -> Encoded:
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> Encoded:
         lowest, highest = self._range
         codes = ops.codes(latent, self.step(latent), lowest, highest)
-        return encode_integers(codes, self.code_scale(latent), lowest, highest)
+        return encode_integers(codes, self.code_scale(latent, ctx), lowest, highest)
 
 
 class LsqAct(ActQuantizer):

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.knobs import Knob
 from bnn_jax.ops import pruning
 from bnn_jax.quantizers.base import Encoded, Initializer, QuantContext, Shape, WeightQuantizer
 
@@ -52,6 +53,10 @@ class Pruned(WeightQuantizer):
             raise ValueError(f"pruned quantizer: inner={kind}: its latent weights are no kernel, so there are no norms")
         super().__post_init__()
 
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        return self.inner(parent=None).knobs
+
     def setup(self):
         self.quantizer = self.inner()
 
@@ -93,17 +98,17 @@ class Pruned(WeightQuantizer):
             return self.quantizer(latent * mask, ctx)
         return self.quantizer(latent, ctx) * mask
 
-    def real_kernel(self, latent: jax.Array) -> jax.Array:
-        return self.quantizer.real_kernel(latent * self.mask(latent))
+    def real_kernel(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
+        return self.quantizer.real_kernel(latent * self.mask(latent), ctx)
 
-    def code_scale(self, latent: jax.Array) -> jax.Array | None:
-        return self.quantizer.code_scale(latent * self.mask(latent) if self.apply_mask == "before" else latent)
+    def code_scale(self, latent: jax.Array, ctx: QuantContext) -> jax.Array | None:
+        return self.quantizer.code_scale(latent * self.mask(latent) if self.apply_mask == "before" else latent, ctx)
 
-    def encode(self, latent: jax.Array) -> Encoded | None:
+    def encode(self, latent: jax.Array, ctx: QuantContext) -> Encoded | None:
         mask = self.mask(latent)
         if self.apply_mask == "before":
-            return self.quantizer.encode(latent * mask)
-        encoded = self.quantizer.encode(latent)
+            return self.quantizer.encode(latent * mask, ctx)
+        encoded = self.quantizer.encode(latent, ctx)
         if encoded is None:
             return None
         return _with_zero_level(encoded.per_weight(), mask)

@@ -1,4 +1,4 @@
-"""Pictures of a run: accuracies of a chain, levels of the weights, label bank, features. Needs matplotlib."""
+"""Pictures of a run: accuracies of a chain, label bank, features. Needs matplotlib."""
 
 import math
 import os
@@ -8,14 +8,11 @@ from typing import Any
 import numpy as np
 
 from bnn_jax.errors import UserError
-from bnn_jax.report.levels import LevelCounts
 
 DOTS_PER_INCH = 160
 GRAY = "#6b6b6b"
 INK = "#222222"
 BAR_COLOUR = "#0072b2"  # of the colour-blind safe palette by Okabe and Ito
-CURVE_WIDTH = 1.6
-MOST_COLUMNS = 6
 MOST_PANELS = 3
 # Accuracies of a record: name in the legend, line.
 ACCURACIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,37 +77,11 @@ def plot_accuracies(metrics_by_stage: Mapping[str, Sequence[Mapping[str, Any]]],
     rows = math.ceil(len(metrics_by_stage) / columns)
     figure = new_figure(width=max(4.6 * columns, 6.4), height=4.0 * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for index, (stage, records) in enumerate(metrics_by_stage.items()):
-        _draw_accuracies(axes[index], records, y_label="" if index % columns else "accuracy (%)")
-        axes[index].set_title(stage, fontsize=10, color=INK)
+    for index, (axis, (stage, records)) in enumerate(zip(axes, metrics_by_stage.items())):
+        _draw_accuracies(axis, records, y_label="" if index % columns else "accuracy (%)")
+        axis.set_title(stage, fontsize=10, color=INK)
     for axis in axes[len(metrics_by_stage) :]:
         axis.set_visible(False)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-
-
-def plot_weights(counts: Mapping[str, LevelCounts], path: str | os.PathLike) -> None:
-    """Draws, for every quantized layer, the share of its weights on each level.
-
-    Args:
-      counts: from ``levels.level_counts``; at least one layer.
-      path: PNG file to write.
-
-    Raises:
-      UserError: matplotlib is not installed.
-      ValueError: there is no layer.
-    """
-    if not counts:
-        raise ValueError("plot_weights: no layer has quantized weights")
-    columns = min(MOST_COLUMNS, len(counts))
-    rows = math.ceil(len(counts) / columns)
-    figure = new_figure(width=max(2.1 * columns, 4.2), height=1.7 * rows + 0.8)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axis, (name, layer) in zip(axes, counts.items()):
-        _draw_levels(axis, name, layer)
-    for axis in axes[len(counts) :]:
-        axis.set_visible(False)
-    figure.supxlabel("level (times the scale)", fontsize=10)
-    figure.supylabel("share of weights (%)", fontsize=10)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
@@ -177,14 +148,15 @@ def plot_features(
     axis = figure.subplots()
     labels, count = np.asarray(labels), len(class_names)
     groups: dict[int, np.ndarray] = {int(label): points[labels == label] for label in np.unique(labels)}
+    size = 22 if len(labels) < 100 * len(groups) else 11
     for label, group in groups.items():
-        _draw_class(axis, group, label, count=count)
+        style = {"color": _class_colour(label, count), "marker": MARKERS[label % len(MARKERS)]}
+        axis.scatter(*group.T, **style, s=size, linewidths=0, alpha=0.8, label=class_names[label])
     if count <= MOST_NAMED_CLASSES:
         for label, group in groups.items():
             _label_class(axis, group, class_names[label])
-        markers = [_class_marker(label, count) for label in groups]
-        names = [class_names[label] for label in groups]
-        axis.legend(markers, names, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        axis.legend(frameon=False, fontsize=9, markerscale=7 / size**0.5, **place)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[["top", "right", "left", "bottom"]].set_color("#cccccc")
@@ -216,6 +188,16 @@ def _colours(count: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](0.8 * i / max(count - 1, 1)) for i in range(count)]
 
 
+def _values(records: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """A value of each record, NaN (a gap in the curve) where it is missing."""
+    return np.array([np.nan if record.get(name) is None else record[name] for record in records], float)
+
+
+def _curve(count: int) -> dict[str, Any]:
+    """How a curve is drawn; few epochs are marked."""
+    return {"linewidth": 1.6, "markersize": 3.5, "marker": "o" if count <= 15 else None}
+
+
 def _draw_curves(
     axis: Any,
     results: Sequence[Mapping[str, Any]],
@@ -225,16 +207,12 @@ def _draw_curves(
     """Test top-1 per epoch; the name of a stage stands above its part of the axis."""
     start, parts = 0, []
     for result, colour in zip(results, colours):
-        values = [record.get("test_top1") for record in metrics_by_stage.get(result["stage"], ())]
-        if not values:
+        heights = _values(metrics_by_stage.get(result["stage"], ()), "test_top1")
+        if not len(heights):
             continue
-        # A gap for an epoch without a value; epochs count from 1.
-        heights = [np.nan if value is None else value for value in values]
-        epochs = start + 1 + np.arange(len(values))
-        marker = "o" if len(values) <= 15 else None
-        axis.plot(epochs, heights, color=colour, linewidth=CURVE_WIDTH, marker=marker, markersize=3.5)
-        parts.append((result["stage"], start, start + len(values)))
-        start += len(values)
+        axis.plot(start + 1 + np.arange(len(heights)), heights, color=colour, **_curve(len(heights)))
+        parts.append((result["stage"], start, start + len(heights)))
+        start += len(heights)
     for _, begin, _ in parts[1:]:
         axis.axvline(begin + 0.5, color=GRAY, linewidth=0.6, linestyle=(0, (2, 3)))
     slanted = any((end - begin) / start < NARROW for _, begin, end in parts)
@@ -260,10 +238,7 @@ def _draw_curves(
 def _draw_rungs(axis: Any, results: Sequence[Mapping[str, Any]], colours: Sequence[Any]) -> None:
     """Last epoch (filled, with its value) and best epoch (hollow) of every stage."""
     positions = np.arange(len(results))
-    last, best = (
-        np.array([np.nan if result.get(key) is None else result[key] for result in results], float)
-        for key in ("last_top1", "best_top1")
-    )
+    last, best = (_values(results, key) for key in ("last_top1", "best_top1"))
     selections = "/".join(sorted({str(result["selection"]) for result in results if result.get("selection")}))
     axis.plot(positions, last, color=GRAY, linewidth=1.0, zorder=1)
     axis.scatter(positions, last, s=46, color=list(colours), zorder=3, label="last epoch")
@@ -300,29 +275,16 @@ def _draw_accuracies(axis: Any, records: Sequence[Mapping[str, Any]], *, y_label
     """Solid lines of held-out images, dashed ones of training images; top-5 lighter than top-1."""
     epochs = 1 + np.arange(len(records))
     for name, (label, style) in ACCURACIES.items():
-        heights = np.array([np.nan if r.get(name) is None else r[name] for r in records], float)
+        heights = _values(records, name)
         if not np.isfinite(heights).any():
             continue
         best = int(np.nanargmax(heights))
         text = f"{label}, {heights[best]:.2f} at {epochs[best]}"
-        marker = {"marker": "o", "markersize": 3.5} if len(records) <= 15 else {}
-        axis.plot(epochs, heights, linewidth=CURVE_WIDTH, label=text, **style, **marker)
+        axis.plot(epochs, heights, label=text, **style, **_curve(len(records)))
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     style_axis(axis, x_label="epoch", y_label=y_label)
     if axis.get_lines():
         axis.legend(frameon=False, fontsize=8, loc="lower right", title="highest value at epoch", title_fontsize=8)
-
-
-def _draw_levels(axis: Any, name: str, layer: LevelCounts) -> None:
-    """Share of the weights of one layer on each of its levels."""
-    shares = 100 * layer.counts / max(layer.counts.sum(), 1)
-    width = 0.8 * float(np.min(np.diff(layer.levels), initial=np.inf)) if layer.levels.size > 1 else 0.8
-    axis.bar(layer.levels, shares, width=width, color=BAR_COLOUR)
-    if layer.levels.size <= 4:
-        axis.set_xticks(layer.levels)
-    axis.set_title(f"{name}: {np.count_nonzero(layer.counts)} of {layer.levels.size} levels", fontsize=8)
-    style_axis(axis, x_label="", y_label="")
-    axis.tick_params(labelsize=7)
 
 
 def style_axis(axis: Any, *, x_label: str, y_label: str) -> None:
@@ -386,20 +348,6 @@ def _embed(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, int]:
     start = "pca" if reduced[:, 0].std() > 0 and components >= 2 else "random"
     neighbours = min(30.0, (len(features) - 1) / 3)
     return TSNE(perplexity=neighbours, init=start, random_state=seed).fit_transform(reduced), components
-
-
-def _draw_class(axis: Any, points: np.ndarray, label: int, *, count: int) -> None:
-    """The images of a class; colour and shape tell it."""
-    style = {"color": _class_colour(label, count), "marker": MARKERS[label % len(MARKERS)]}
-    axis.scatter(*points.T, **style, s=22 if len(points) < 100 else 11, linewidths=0, alpha=0.8)
-
-
-def _class_marker(label: int, count: int) -> Any:
-    """What stands for a class in the legend."""
-    from matplotlib.lines import Line2D
-
-    style = {"color": _class_colour(label, count), "marker": MARKERS[label % len(MARKERS)]}
-    return Line2D([], [], **style, linestyle="none", markersize=7, markeredgewidth=0)
 
 
 def _class_colour(label: int, count: int) -> Any:

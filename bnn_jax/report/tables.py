@@ -1,5 +1,6 @@
-"""Tables for the terminal: the chain before training, its results, and what other tables need. All fit 100 columns."""
+"""Tables for the terminal: the chain before training, its results, the costs of a network. All fit 100 columns."""
 
+import collections
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bnn_jax.report.costs import FLOAT_BITS, Complexity, LayerComplexity
 from bnn_jax.stages import IDENTITY, Spec, Stage, parse_reference
 
 WIDTH = 100
@@ -28,15 +30,26 @@ def show(table: Table, *, file: TextIO | None = None) -> None:
     Console(file=target, width=None if target.isatty() else WIDTH, highlight=False).print(table)
 
 
-def new_table(title: str, caption: str | None = None, *, gap: int = 2) -> Table:
+def new_table(
+    title: str,
+    columns: Sequence[str],
+    *,
+    left: Sequence[str] = (),
+    wrapped: Sequence[str] = (),
+    caption: str | None = None,
+    gap: int = 2,
+) -> Table:
     """An empty table in the common style.
 
     Args:
       title: above the table.
+      columns: their headers.
+      left: those that are no numbers and start at the left.
+      wrapped: those whose cells may take several lines.
       caption: below the table.
       gap: blanks between columns, at least 1.
     """
-    return Table(
+    table = Table(
         title=title,
         caption=caption,
         caption_justify="left",
@@ -45,13 +58,16 @@ def new_table(title: str, caption: str | None = None, *, gap: int = 2) -> Table:
         # The box's own column of blanks is the rest of the gap.
         padding=(0, gap - 1, 0, 0),
     )
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=name not in wrapped)
+    return table
 
 
 def stages_table(stages: Sequence[Stage]) -> Table:
     """The chain before training, one row a stage: bits, quantizers, epochs, learning rate, where it starts from."""
-    table = new_table("Stages")
-    for name in ("stage", "bits", "weights", "activations", "epochs", "learning rate", "starts from", "teacher"):
-        table.add_column(name, justify="right" if name in ("bits", "epochs") else "left")
+    columns = ("stage", "bits", "weights", "activations", "epochs", "learning rate", "starts from", "teacher")
+    left = tuple(name for name in columns if name not in ("bits", "epochs"))
+    table = new_table("Stages", columns, left=left, wrapped=columns)
     for stage in stages:
         table.add_row(
             stage.name,
@@ -74,13 +90,16 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """
     selections = sorted({str(result["selection"]) for result in results if result.get("selection")})
     several = any("num_seeds" in result for result in results)
-    caption = f"{RESULTS_CAPTION}{SEEDS_CAPTION if several else ''}"
-    table = new_table("Results", caption=caption, gap=1 if several else 2)
-    sizes = ("weights", "weights\nby levels", "whole\nmodel")
     best = f"top-1 best\non {'/'.join(selections)}" if selections else "top-1\nbest"
-    headers = ("top-1\nlast", best, *sizes, "epochs", "images/s", "time")
-    for header in ("stage", "bits", *headers):
-        table.add_column(header, justify="left" if header == "stage" else "right", no_wrap=header != "stage")
+    sizes = ("weights", "weights\nby levels", "whole\nmodel")
+    table = new_table(
+        "Results",
+        ("stage", "bits", "top-1\nlast", best, *sizes, "epochs", "images/s", "time"),
+        left=("stage",),
+        wrapped=("stage",),
+        caption=f"{RESULTS_CAPTION}{SEEDS_CAPTION if several else ''}",
+        gap=1 if several else 2,
+    )
     for result in results:
         rate = result.get("images_per_second")
         table.add_row(
@@ -104,10 +123,10 @@ def winners_table(winners: Mapping[str, Any]) -> Table:
     Args:
       winners: from ``experiment.pipeline.winners``.
     """
-    table = new_table("Winners", caption=_winners_caption(winners["correlation"]))
     names = {"fold_top1": "fold", "full_top1": "full", "tuned_top1": "bnfull", "test_top1": "test"}
-    for header in ("winner", "path", *names.values()):
-        table.add_column(header, justify="left" if header == "path" else "right", no_wrap=header != "path")
+    caption = _winners_caption(winners["correlation"])
+    columns = ("winner", "path", *names.values())
+    table = new_table("Winners", columns, left=("path",), wrapped=("path",), caption=caption)
     for row in winners["rows"]:
         accuracies = [f"{row[name]:.2f}" for name in names]
         table.add_row(str(row["fold"]), " ".join(map(str, row["path"])), *accuracies)
@@ -122,6 +141,64 @@ def _winners_caption(correlation: float | None) -> str:
         "top-1 in %: on the fold that chose the path, on the images outside of it, there after fine-tuning, and on all "
         "test images after the last epoch. The first three are of other images in each row; only the last column "
         f"compares winners.{said}"
+    )
+
+
+def costs_table(complexity: Complexity) -> Table:
+    """A row for each layer with weights, one for each kind of other module, and the total."""
+    figures = ("kernel", "output", "para-\nmeters", "stored\nbits", "W\nbit", "A\nbit", "MACs", "bit\nops")
+    ends = ("layer", "why 32 bit")
+    table = new_table(
+        complexity.title, (ends[0], *figures, ends[1]), left=ends, caption=_costs_caption(complexity), gap=1
+    )
+    others: dict[str, list[LayerComplexity]] = collections.defaultdict(list)
+    for layer in complexity.layers:
+        if layer.kernel_shape is None:
+            others[layer.kind].append(layer)
+            continue
+        table.add_row(
+            layer.path,
+            "x".join(map(str, layer.kernel_shape)),
+            "x".join(map(str, layer.output_shape[:-1] or layer.output_shape)),
+            format_si(layer.parameters),
+            format_si(layer.stored_bits),
+            format_number(layer.weight_bits),
+            format_number(layer.activation_bits),
+            format_si(layer.macs),
+            format_si(layer.bit_operations) if layer.quantized else MISSING,
+            layer.full_precision_because,
+        )
+    for kind, layers in others.items():
+        sums = (sum(layer.parameters for layer in layers), sum(layer.stored_bits for layer in layers))
+        row = (*map(format_si, sums), str(FLOAT_BITS), *(MISSING,) * 3, layers[0].full_precision_because)
+        table.add_row(f"{len(layers)} x {kind}", "", "", *row)
+    total = complexity.total
+    sums = (*map(format_si, (total.parameters, total.stored_bits)), "", "")
+    table.add_section()
+    table.add_row("total", "", "", *sums, format_si(total.macs), format_si(total.bit_operations), "", style="bold")
+    return table
+
+
+def _costs_caption(complexity: Complexity) -> str:
+    total = complexity.total
+    parts = {
+        "quantized weights": total.quantized_bits,
+        "codebooks": total.codebook_bits,
+        "floats (BatchNorm statistics and scales included)": total.full_precision_bits,
+    }
+
+    def bits(value: int) -> str:
+        return format_si(value, "bit", digits=4)
+
+    sizes = " + ".join(f"{bits(value)} {name}" for name, value in parts.items() if value)
+    operations = "bits of a multiplied weight x A bit x MACs of the quantized layers"
+    if any(layer.quantized and layer.shared_macs != layer.macs for layer in complexity.layers):
+        operations += ", patterns that filters share counted once"
+    return (
+        f"parameters: {total.parameters:,}\n"
+        f"stored: {bits(total.stored_bits)} = {sizes}\n"
+        f"MACs: {format_si(total.macs, digits=4)}\n"
+        f"bit ops: {format_si(total.bit_operations, digits=4)} = {operations}"
     )
 
 
@@ -188,14 +265,8 @@ def format_si(value: float | None, unit: str = "", *, digits: int = 3) -> str:
     # The next unit from 999.5 on, where three digits would show 1000.
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= (1 - 0.5 * 10**-digits) * factor:
-            return f"{_with_digits(value / factor, digits)} {prefix}{unit}"
+            return f"{value / factor:#.{digits}g}".rstrip(".") + f" {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
-
-
-def _with_digits(value: float, digits: int) -> str:
-    """A value from 1 to 1000 with this many significant digits."""
-    whole = 3 if value >= 100 - 0.5 * 10 ** (3 - digits) else 2 if value >= 10 - 0.5 * 10 ** (2 - digits) else 1
-    return f"{value:.{digits - whole}f}"
 
 
 def format_duration(seconds: float | None) -> str:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax.data.base import Split
-from bnn_jax.data.streaming import StreamedSplit
-from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.data.memory import Split
+from bnn_jax.data.stream import StreamedSplit
+from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
 from bnn_jax.training.step import PrepareEval
@@ -100,7 +100,7 @@ def compile_population_step(network: Any, prepare: PrepareEval, devices: Devices
         x = prepare(pixels)
 
         def correct(path: jax.Array) -> jax.Array:
-            logits = network.apply(variables, x, QuantContext(mask=mask, choice=path)).logits
+            logits = network.apply(variables, x, evaluation_context(variables, mask=mask, choice=path)).logits
             return jnp.sum((jnp.argmax(logits, axis=-1) == expected) & mask)
 
         return jax.vmap(correct)(paths)

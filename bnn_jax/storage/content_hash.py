@@ -1,88 +1,44 @@
-"""What a pytree holds: a table of its leaves, a hash of their bytes, and how two tables differ.
+"""What a checkpoint says about its content: for each item a table of its leaves and a hash of their bytes.
 
-A checkpoint stores the table and the hash of each of its collections. The table tells a checkpoint of another network
-from this one before a byte of it is read; the hash tells a damaged one, which Orbax does not do.
+The table tells a checkpoint of another network from this one before a byte of it is read; the hash tells a damaged one,
+which Orbax does not do.
 """
 
+import dataclasses
 import hashlib
-import math
-from collections.abc import Iterator
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-LeafTable = dict[str, tuple[str, tuple[int, ...]]]
+from bnn_jax.errors import CheckpointError
+from bnn_jax.storage import orbax_files
+from bnn_jax.storage.orbax_files import Damage
 
+FORMAT = 2
+# Items whose structure tells a network; the others are the optimiser's, the objectives' and the random generator's.
+VARIABLES = ("params", "batch_stats", "quant_state", "knobs")
 
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf, concrete or abstract, is a typed random key."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def key_implementation(leaf: Any) -> str:
-    """Name of the generator behind a typed key, concrete or abstract: 'threefry2x32', 'rbg', ..."""
-    names: list[str] = []
-    # jax.random.key_impl reads arrays only; under eval_shape an abstract key is one.
-    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), leaf)
-    return names[0]
-
-
-def paths_and_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yields ('name/layer1/kernel', leaf) in the order of the tree; a tree that is one leaf yields (name, leaf)."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join(part for part in (name, jax.tree_util.keystr(path, simple=True, separator="/")) if part), leaf
+# Path of a leaf to its type and shape: 'params/fc/kernel' to 'float32 (64, 10)'.
+LeafTable = dict[str, str]
 
 
 def leaf_table(name: str, tree: Any) -> LeafTable:
-    """Type and shape of every leaf of a pytree of arrays, concrete or abstract, by path.
+    """Type and shape of every leaf of a pytree of arrays, concrete or abstract, by path, in the order of the tree.
 
     Args:
       name: first part of every path.
       tree: pytree whose leaves have a shape and a dtype.
     """
-    return {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in paths_and_leaves(name, tree)}
-
-
-def check_storable(name: str, tree: Any) -> None:
-    """Checks that every leaf comes back from a checkpoint just as it is.
-
-    Raises:
-      ValueError: a leaf is no array, has no elements (Orbax refuses it), or has a type that jax would narrow.
-    """
-    for path, leaf in paths_and_leaves(name, tree):
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
-            raise ValueError(f"{path}: {type(leaf).__name__}: only arrays are saved")
-        if math.prod(leaf.shape) == 0:
-            raise ValueError(f"{path}: shape {leaf.shape}: arrays without elements cannot be saved")
-        if not is_key(leaf) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-            raise ValueError(
-                f"{path}: dtype {leaf.dtype}: jax would restore {jax.dtypes.canonicalize_dtype(leaf.dtype)}"
-            )
-
-
-def copy_to_host(tree: Any) -> Any:
-    """Copies every leaf to numpy arrays of its own; typed keys become their uint32 data.
-
-    On CPU a plain conversion would be a view of the device buffer, which the next training step may reuse (donation)
-    while the copy is still being written.
-    """
-    arrays = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
-    for leaf in jax.tree.leaves(arrays):
-        if isinstance(leaf, jax.Array):
-            leaf.copy_to_host_async()
-    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), arrays)
-
-
-def host_like(tree: Any) -> Any:
-    """Uninitialised numpy arrays of the types and shapes that ``copy_to_host`` gives for such a tree."""
-
-    def empty(leaf: Any) -> np.ndarray:
-        stored = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
-        return np.empty(stored.shape, stored.dtype)
-
-    return jax.tree.map(empty, tree)
+    table = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # A tree that is one leaf has an empty path.
+        parts = (name, jax.tree_util.keystr(path, simple=True, separator="/"))
+        table["/".join(filter(None, parts))] = f"{leaf.dtype} {tuple(leaf.shape)}"
+    return table
 
 
 def content_hash(table: LeafTable, host_tree: Any) -> str:
@@ -97,25 +53,79 @@ def content_hash(table: LeafTable, host_tree: Any) -> str:
     """
     digest = hashlib.sha256()
     rows = zip(table.items(), jax.tree.leaves(host_tree), strict=True)
-    for (path, (dtype, shape)), leaf in sorted(rows, key=lambda row: row[0][0]):
+    for row, leaf in sorted(rows, key=lambda row: row[0]):
         # The stored array's own type and shape are hashed too: those of a key's data are not the key's.
-        digest.update(repr((path, dtype, shape, str(leaf.dtype), leaf.shape)).encode())
+        digest.update(repr((*row, str(leaf.dtype), leaf.shape)).encode())
         # numpy gives no buffer of bfloat16 and other added types, hence the view as bytes.
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def differences(saved: LeafTable, wanted: LeafTable) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """The verified content of a step's item ``meta``.
+
+    Attributes:
+      step: optimiser steps done.
+      meta: what the caller of ``save`` handed over.
+      metrics: of the finished epoch, or None in the middle of one.
+      tables: leaves of each saved item.
+      hashes: content hash of each saved item.
+    """
+
+    step: int
+    meta: dict[str, Any]
+    metrics: dict[str, float] | None
+    tables: dict[str, LeafTable]
+    hashes: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with their own hash."""
+        content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        return {**content, "sha256": _json_hash(content)}
+
+    def check_structure(self, folder: Path, tables: Mapping[str, LeafTable]) -> None:
+        """Checks that the leaves of some items are the saved ones.
+
+        Raises:
+          CheckpointError: they are others; the first differences are named.
+        """
+        found = {name: _differences(self.tables.get(name, {}), table) for name, table in tables.items()}
+        if phrases := [phrase for name in found for phrase in found[name]]:
+            other_network = any(found.get(name) for name in VARIABLES)
+            what = "network" if other_network else "optimiser, objective or random generator"
+            more = f" (and {len(phrases) - 3} more)" if len(phrases) > 3 else ""
+            raise CheckpointError(f"{folder}: checkpoint of another {what}: {'; '.join(phrases[:3])}{more}")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Header":
+        """Reads and verifies what ``to_json`` wrote.
+
+        Raises:
+          Damage: it cannot be read, does not have its hash, or is of another step or format.
+        """
+        value = orbax_files.read_meta(folder)
+        if not isinstance(value, dict) or value.pop("sha256", None) != _json_hash(value):
+            raise Damage("meta does not match its hash")
+        if value.pop("format", None) != FORMAT:
+            raise Damage("meta is of another version of this program")
+        header = cls(**value)
+        if str(header.step) != folder.name:
+            raise Damage(f"it is a copy of step {header.step}")
+        return header
+
+
+def _json_hash(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(saved: LeafTable, wanted: LeafTable) -> list[str]:
     """One phrase per path at which a saved and a wanted table differ, in the order of the wanted one."""
-
-    def show(row: tuple[str, tuple[int, ...]]) -> str:
-        return f"{row[0]} {row[1]}"
-
     phrases = []
     for path, row in wanted.items():
         if path not in saved:
-            phrases.append(f"{path} {show(row)} is missing in it")
+            phrases.append(f"{path} {row} is missing in it")
         elif saved[path] != row:
-            phrases.append(f"{path} is {show(saved[path])} in it and {show(row)} here")
-    phrases += [f"{path} {show(row)} is only in it" for path, row in saved.items() if path not in wanted]
-    return phrases
+            phrases.append(f"{path} is {saved[path]} in it and {row} here")
+    return phrases + [f"{path} {row} is only in it" for path, row in saved.items() if path not in wanted]

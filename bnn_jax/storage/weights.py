@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax.layers.conv import QuantConv, QuantDense
-from bnn_jax.quantizers.base import Encoded, QuantContext, WeightQuantizer
+from bnn_jax.quantizers.base import Encoded, WeightQuantizer, evaluation_context
 
 
 def encoded_weights(
@@ -23,7 +23,7 @@ def encoded_weights(
 
     Args:
       network: (images, QuantContext) -> NetworkOutput.
-      variables: trained variables of the network (params, batch_stats, quant_state).
+      variables: trained variables of the network (params, batch_stats, quant_state, knobs).
       image_shape: (H, W, C) of the images it reads.
 
     Returns:
@@ -37,15 +37,16 @@ def encoded_weights(
         of_layer = isinstance(module, WeightQuantizer) and isinstance(module.parent, (QuantConv, QuantDense))
         if of_layer and context.method_name == "__call__":
             with jax.ensure_compile_time_eval():
-                encoded = module.encode(args[0])
+                encoded = module.encode(*args)
             if encoded is not None:
                 found["/".join(module.path[:-1])] = encoded
         return next_function(*args, **kwargs)
 
+    ctx = evaluation_context(variables)
     # The variables are constants of the traced function, so that they can be computed with while the images cannot.
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(interceptor):
-        jax.eval_shape(lambda images: network.apply(variables, images, QuantContext()), images)
+        jax.eval_shape(lambda images: network.apply(variables, images, ctx), images)
     return found
 
 

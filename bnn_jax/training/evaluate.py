@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnn_jax.data.base import Split
+from bnn_jax.data.memory import Split
 from bnn_jax.data.order import sequential_plan
-from bnn_jax.data.streaming import StreamedSplit
-from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.data.stream import StreamedSplit
+from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
 from bnn_jax.training.seeds import Seeds, one_seed
@@ -115,7 +115,9 @@ def features_of(
     """
 
     def forward(variables: dict[str, Any], images: Any, labels: Any, rows: Rows, mask: jax.Array) -> jax.Array:
-        return network.apply(variables, prepare(fetch(images, labels, rows)[0]), QuantContext(mask=mask)).features
+        return network.apply(
+            variables, prepare(fetch(images, labels, rows)[0]), evaluation_context(variables, mask=mask)
+        ).features
 
     replicated = devices.replicated
     run = jax.jit(forward, in_shardings=(replicated,) * 3 + (devices.rows,) * 2, out_shardings=replicated)

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from bnn_jax.data.base import Split
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.memory import Split
+from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.training.devices import Devices
 
 # Indices (N,), or images (N, H, W, C) and labels (N,).

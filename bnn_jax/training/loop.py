@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax.data.base import ImageSource
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.schedules import Schedule
 from bnn_jax.stages import Stage
@@ -25,7 +25,7 @@ from bnn_jax.training.devices import Devices
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.feed import Dispatch, Feed
 from bnn_jax.training.interrupt import Agreement, StopRequest
-from bnn_jax.training.progress import Progress
+from bnn_jax.training.progress import Progress, speed_text
 from bnn_jax.training.seeds import Seeds, one_seed, over
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import Constants, StepParts, compile_end_of_epoch, compile_train_steps
@@ -179,8 +179,7 @@ class StageLoop:
         metrics.cut_back(self.metrics_path, step if meta.get("evaluated", True) else step - 1)
         clock = EpochClock(seconds=meta.get("epoch_seconds", 0.0))
         total = self.stage.optim.epochs * self.steps_per_epoch
-        bar = Progress(self.stage.name, total_steps=total, start_step=step, epochs=self.stage.optim.epochs)
-        with bar as progress:
+        with Progress(self.stage.name, total=total, done=step) as progress:
             if not meta.get("evaluated", True):
                 state = self._finish_epoch(state, clock, progress, stop)
                 clock = EpochClock()
@@ -251,13 +250,9 @@ class StageLoop:
 
     def _show(self, progress: Progress, step: int, epoch: int, clock: EpochClock, sums: dict[str, float]) -> None:
         count = max(sums["count"], 1.0)
-        progress.update(
-            step=step,
-            epoch=epoch,
-            images_per_second=clock.images_per_second,
-            loss=sums["loss"] / count,
-            top1=100.0 * sums["correct"] / count,
-        )
+        means = f"loss {sums['loss'] / count:.3f}  top-1 {100.0 * sums['correct'] / count:.1f} %"
+        where = f"epoch {epoch + 1}/{self.stage.optim.epochs}"
+        progress.update(step, f"{where}  {speed_text(clock.images_per_second)}  {means}")
 
     def _refuse_non_finite(self, step: int, finite: np.ndarray | None = None) -> NoReturn:
         self.store.wait()
@@ -288,7 +283,11 @@ class StageLoop:
         metrics.append(self.metrics_path, record)
         state = self.end_of_epoch(state)
         self._save(state, EpochClock(), evaluated=True, selection=selection)
-        progress.epoch_done(record)
+        progress.report(
+            f"epoch {record['epoch'] + 1}/{self.stage.optim.epochs}  train loss {record['train_loss']:.4f}  "
+            f"train top-1 {record['train_top1']:.2f} %  test top-1 {record['test_top1']:.2f} %  "
+            f"{speed_text(record['images_per_second'])}"
+        )
         return state
 
     def _record(self, state: TrainState, clock: EpochClock, results: dict[str, dict[str, Any]]) -> dict[str, Any]:

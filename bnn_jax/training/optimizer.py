@@ -127,7 +127,7 @@ def _only_with_gradient(
 
     Args:
       transformation: gets a gradient, gives a change.
-      knob: its name; a stage without it never has a gradient.
+      knob: its name.
       without: what a step without a gradient does after the first gradient: 'step' runs the transformation all the
         same, 'skip' does not. Before the first one neither does, and the transformation's clock stands.
 
@@ -142,7 +142,7 @@ def _only_with_gradient(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, GatedState]:
         ctx: QuantContext = extra["ctx"]
-        has_gradient = jnp.asarray(ctx.knobs.get(knob, 0.0)) > 0
+        has_gradient = jnp.asarray(ctx.knobs[knob]) > 0
         started = state.started | has_gradient
         runs = started if without == "step" else has_gradient
         changes, inner = transformation.update(updates, state.inner, params)

@@ -5,16 +5,16 @@ To add one: a subclass of ``Projection`` here and a line in ``PROJECTIONS``; a s
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.knobs import REFINE_CODEBOOK, Knob
 from bnn_jax.ops import codebook as ops
 from bnn_jax.quantizers.base import QuantContext
-from bnn_jax.quantizers.codebook import REFINE_KNOB
 from bnn_jax.stages import Spec
 
 
@@ -36,7 +36,9 @@ class Update:
 
 
 class Projection:
-    """Base class: a pure function of an update, to be jitted."""
+    """Base class: a pure function of an update, to be jitted; ``knobs`` are those it reads."""
+
+    knobs: ClassVar[tuple[Knob, ...]] = ()
 
     def __call__(self, update: Update, ctx: QuantContext, key: jax.Array) -> Update:
         """The changed update.
@@ -80,6 +82,8 @@ class RefillCodebooks(Projection):
     limit: float = 3.0
     draw: Draw = random_candidates
 
+    knobs: ClassVar[tuple[Knob, ...]] = (REFINE_CODEBOOK,)
+
     def __post_init__(self):
         if self.maintenance not in ("clean", "release"):
             raise ValueError(f"refill_codebooks: maintenance={self.maintenance!r}: accepted are 'clean', 'release'")
@@ -87,8 +91,8 @@ class RefillCodebooks(Projection):
             raise ValueError(f"refill_codebooks: limit={self.limit!r}: accepted is 1, the size of a pattern, or more")
 
     def __call__(self, update: Update, ctx: QuantContext, key: jax.Array) -> Update:
-        refine, parts = ctx.knobs.get(REFINE_KNOB), _codebook_parts(update)
-        if refine is None or not parts:
+        refine, parts = jnp.asarray(ctx.knob(REFINE_CODEBOOK)), _codebook_parts(update)
+        if not parts:
             return update
 
         def refilled(parts: dict[str, dict]) -> dict[str, dict]:

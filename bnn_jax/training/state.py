@@ -20,6 +20,7 @@ class TrainState:
       objective_state: state of the objectives by name; {} if there is none.
       metric_sums: sums over the images of the current epoch, so that an epoch's metrics survive a restart too.
       rng: typed key all random draws are folded from; it never changes.
+      knobs: values, in the last step, of the knobs that the network's quantizers read; {} if there are none.
     """
 
     step: jax.Array
@@ -30,6 +31,7 @@ class TrainState:
     objective_state: Any
     metric_sums: Any
     rng: jax.Array
+    knobs: Any = flax.struct.field(default_factory=dict)
 
     @property
     def steps_done(self) -> int:
@@ -39,5 +41,5 @@ class TrainState:
     @property
     def variables(self) -> dict[str, Any]:
         """The collections the network is applied with."""
-        collections = {"params": self.params, "batch_stats": self.batch_stats, "quant_state": self.quant_state}
-        return {name: value for name, value in collections.items() if value}
+        names = ("params", "batch_stats", "quant_state", "knobs")
+        return {name: value for name in names if (value := getattr(self, name))}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bnn_jax.objectives.base import Batch, Objective, Outputs
-from bnn_jax.quantizers.base import QuantContext
+from bnn_jax.quantizers.base import QuantContext, evaluation_context
 from bnn_jax.schedules import Schedule
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Rows, fetch
@@ -62,7 +62,7 @@ class StepParts:
       objectives: loss terms.
       optimizer: optax transformation.
       prepare: (uint8 images, key) -> float32 images; augmentation and normalisation.
-      knobs: schedules by name.
+      knobs: schedules of the knobs by name.
       teacher: the teacher's Linen module, or None.
       log_gradient_norms: whether the gradient norm of every weighted objective is measured (a pullback for each).
       projections: changes made between gradient and optimiser, in this order.
@@ -166,6 +166,7 @@ def train_step(
         opt_state=opt_state,
         objective_state=done.objective_state,
         metric_sums=_add_metrics(state.metric_sums, done.metrics, state.step),
+        knobs={name: jnp.asarray(knobs.get(name, old), jnp.float32) for name, old in state.knobs.items()},
     )
     return new_state, done.metrics
 
@@ -185,7 +186,7 @@ def one_pass(
     """
     teacher_logits = None
     if needs_teacher(parts.objectives):
-        own_ctx = ctx.replace(train=False, choice=None)
+        own_ctx = evaluation_context(teacher, mask=ctx.mask)
         teacher_logits = parts.teacher.apply(teacher, batch.images, own_ctx).logits
 
     def terms_function(params: Any):
@@ -431,7 +432,7 @@ def compile_eval_step(
     """
 
     def run(variables: Any, images: Any, labels: Any, rows: Rows, mask: jax.Array, *choice: Any):
-        ctx = QuantContext(mask=mask, choice=choice[0] if choice else None)
+        ctx = evaluation_context(variables, mask=mask, choice=choice[0] if choice else None)
         images, labels = fetch(images, labels, rows)
         logits = network.apply(variables, prepare(images), ctx).logits
         _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))

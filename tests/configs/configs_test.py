@@ -19,7 +19,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnn_jax import data, networks
-from bnn_jax.data.base import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.experiment import start
 from bnn_jax.experiment.build import Run, assemble
 from bnn_jax.experiment.config import validate
@@ -121,7 +121,6 @@ def stand_in(stage: Stage) -> ImageSource:
     return ImageSource(
         name=stage.data.name,
         num_classes=num_classes,
-        image_shape=image_shape,
         train=images,
         test=images,
         validation=None,

@@ -11,9 +11,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from bnn_jax.data.downloads import Download, DownloadedSplit
-from bnn_jax.data.downloads.base import CLASS_COUNTS, OFFICIAL_CLASSES
-from bnn_jax.data.tfds_source import TFDS_SETS
+from bnn_jax.data.archives import CLASSES, Download, DownloadedSplit
+from bnn_jax.data.tfds import TFDS_SETS
 
 TRAIN_PER_BATCH, TEST = 4, 6
 
@@ -22,14 +21,14 @@ def random_split(name: str, count: int, *, seed: int) -> DownloadedSplit:
     """Random images; no two are equal, and labels of different features differ."""
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (count, *TFDS_SETS[name].image_shape), dtype=np.uint8)
-    labels = {feature: generator.integers(0, classes, count) for feature, classes in CLASS_COUNTS[name].items()}
+    labels = {feature: generator.integers(0, len(names), count) for feature, names in CLASSES[name].items()}
     return DownloadedSplit(images, labels)
 
 
 def random_download(name: str) -> Download:
     """A download of 20 training and 6 test images."""
     train, test = random_split(name, 5 * TRAIN_PER_BATCH, seed=0), random_split(name, TEST, seed=1)
-    return Download(train, test, OFFICIAL_CLASSES[name], ())
+    return Download(train, test, "")
 
 
 def archive_files(name: str, download: Download, *, pickled: bool) -> dict[str, bytes]:
@@ -40,19 +39,9 @@ def archive_files(name: str, download: Download, *, pickled: bool) -> dict[str, 
     if pickled:
         folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
         files = {key: pickle_as_python2(_pickled_batch(split)) for key, split in batches}
-        keys = {"label": "label_names"} if name == "cifar10" else {f: _python_name(f)[:-1] + "_names" for f in ORDER}
-        names = {keys[feature].encode(): [n.encode() for n in names] for feature, names in download.class_names.items()}
-        files[{"cifar10": "batches.meta", "cifar100": "meta"}[name]] = pickle_as_python2(names)
     else:
         folder = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
         files = {f"{key}.bin": _binary_batch(split) for key, split in batches}
-        texts = (
-            {"label": "batches.meta.txt"}
-            if name == "cifar10"
-            else {f: f"{_python_name(f)[:-1]}_names.txt" for f in ORDER}
-        )
-        for feature, names in download.class_names.items():
-            files[texts[feature]] = "\n".join(names).encode() + b"\n"
     return {f"{folder}/{key}": content for key, content in files.items()}
 
 

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from bnn_jax.errors import UserError
-from bnn_jax.experiment.config import COMMON, SECTIONS, flatten, suggest, validate
+from bnn_jax.experiment.config import SECTIONS, SHARED, defaults, flatten, keys_of, suggest, validate
+from bnn_jax.keys import Key
 from bnn_jax.methods import METHODS
 from configs import asbq_resnet20, common
 
@@ -42,17 +43,30 @@ def test_validation_is_idempotent():
     assert validate(once) == once
 
 
-def test_every_method_has_a_section_and_its_defaults_fill_it():
-    assert set(SECTIONS) == set(METHODS)
-    sections = {
-        "asbq": common.asbq(),
-        "skd": common.skd(),
-        "snn": common.snn(),
-        "weight_search": common.weight_search(),
-    }
-    for name, section in sections.items():
-        assert set(flatten({name: section.to_dict()})) == set(SECTIONS[name])
-    assert set(flatten(common.base().to_dict())) == set(COMMON)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_defaults_of_every_method_are_accepted_and_fill_its_section(method):
+    nested = common.base()
+    nested.method = method
+    nested[method] = getattr(common, method)()
+    assert set(flatten(nested.to_dict())) == set(keys_of((*SHARED, method)))
+    assert validate(nested.to_dict())[method] == defaults(method).to_dict()
+
+
+@pytest.mark.parametrize(("name", "key"), keys_of(SECTIONS).items())
+def test_a_key_says_what_it_means_and_its_default_is_accepted(name: str, key: Key):
+    assert key.comment and key.kind in (int, float, str, bool, tuple, object)
+    assert key.kind is not tuple or key.item in (int, float, str)
+    assert key.check(name, key.default) == key.default
+
+
+def test_an_empty_default_still_takes_only_values_of_its_type():
+    section = common.asbq()
+    with pytest.raises(TypeError):
+        section.w1 = 3
+    section.w1 = "sign"
+    search = common.weight_search()
+    search["values"] = (-1.0, 1.0)
+    assert search["values"] == (-1.0, 1.0)
 
 
 def test_numbers_and_sequences_get_the_type_of_the_schema():
@@ -158,8 +172,10 @@ def test_an_unknown_key_that_is_like_no_other_is_refused_with_those_of_its_secti
     assert "train.batch_size" not in message
 
 
-def test_an_unknown_section_is_refused():
-    assert refusal(**{"skd.alpha": 1.0}).startswith("config.skd.alpha: unknown key; ")
+def test_an_unknown_section_is_refused_with_what_there_is():
+    message = refusal(**{"skd.alpha": 1.0})
+    assert message.startswith("config.skd.alpha: unknown key; accepted are extra_objective_weights, ")
+    assert message.endswith("seed, asbq.*, data.*, train.*")
 
 
 @pytest.mark.parametrize("key", ["seed", "train.momentum", "asbq.kd_factor"])
@@ -186,5 +202,22 @@ def test_chains_of_other_bit_widths_are_accepted(bits):
     assert validate(config(**{"asbq.bits": bits}))["asbq"]["bits"] == bits
 
 
-def test_suggestions_name_the_flag_to_type():
-    assert suggest("asbq.preseed", {**COMMON, **SECTIONS["asbq"]}) == "did you mean config.asbq.preset?"
+@pytest.mark.parametrize(
+    ("unknown", "meant"),
+    [
+        ("asbq.preseed", "asbq.preset"),
+        ("sedd", "seed"),
+        ("trian.batch_size", "train.batch_size"),
+        # the right name in another section
+        ("momentum", "train.momentum"),
+        ("train.num_train", "data.num_train"),
+    ],
+)
+def test_a_suggestion_names_the_flag_to_type(unknown, meant):
+    assert suggest(unknown, keys_of((*SHARED, "asbq"))) == f"did you mean config.{meant}?"
+
+
+@pytest.mark.parametrize("unknown", ["train.clip", "train", "train.lr"])
+def test_nothing_is_suggested_that_is_not_near(unknown):
+    message = suggest(unknown, keys_of((*SHARED, "asbq")))
+    assert message == f"accepted are {', '.join(sorted(keys_of(['train'])))}"

@@ -17,6 +17,7 @@ from tests.golden import golden_test
 from tests.golden.asbq.support import full_masks, normalised, quant_spec, to_pytorch
 from tests.golden.asbq.trajectory import check_trajectory
 from tests.golden.comparison import Comparison, GoldenFile, GoldenMismatch
+from tests.storage.torch_writer import to_pytorch_name
 
 DATA = golden_test.COMMITTED / "asbq"
 
@@ -150,7 +151,7 @@ def made_state(seed: int, widths: tuple[int, ...] = WIDTHS) -> dict[str, np.ndar
         if path.startswith("quant_state/"):
             continue
         layer = path.removeprefix("params/").removesuffix("/kernel")
-        name = pytorch.to_pytorch_name(path, pruned=layer in masked)
+        name = to_pytorch_name(path, pruned=layer in masked)
         value = random.normal(0, 0.2, leaf.shape).astype(np.float32)
         state[name] = np.abs(value) + 1 if name.endswith("var") else to_pytorch(value)
     keep = {}

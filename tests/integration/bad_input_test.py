@@ -52,6 +52,7 @@ def refused(finished: Finished) -> str:
             ["--config.train.batchsize", "did you mean config.train.batch_size?"],
         ),
         ((QUICKSTART, "--config.sedd=8"), ["--config.sedd", "did you mean config.seed?"]),
+        ((QUICKSTART, "--config.train.clip=8"), ["--config.train.clip: unknown key; accepted are train.accum"]),
         ((QUICKSTART, "--config.train=8"), ["--config.train: unknown key", "train.batch_size"]),
         # wrong types
         ((QUICKSTART, "--config.train.batch_size=many"), ["--config.train.batch_size=many", "accepted is int"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnn_jax.experiment import search_stage
+from bnn_jax.experiment import search as search_stage
 from tests.conftest import ROOT
 from tests.integration.launching import (
     SAVE_ALWAYS,
@@ -143,7 +143,7 @@ def test_a_search_asked_to_stop_is_saved(tmp_path, whole, monkeypatch):
     folder, _ = whole
     copied = tmp_path / "run"
     copy_without(folder, copied, SEARCH)
-    original, calls = search_stage.SearchProgress.generation_done, []
+    original, calls = search_stage.Progress.report, []
 
     def stop_after_the_first(self, *arguments):
         original(self, *arguments)
@@ -151,7 +151,7 @@ def test_a_search_asked_to_stop_is_saved(tmp_path, whole, monkeypatch):
         if len(calls) == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(search_stage.SearchProgress, "generation_done", stop_after_the_first)
+    monkeypatch.setattr(search_stage.Progress, "report", stop_after_the_first)
     stopped = launch_here(*SMOKE, f"--workdir={copied}")
     assert stopped.code == 128 + signal.SIGTERM
     assert "search stopped in fold 1 after generation 1" in stopped.stderr

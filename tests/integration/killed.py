@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import launch
-from bnn_jax.experiment import run_folder, search_stage
+from bnn_jax.experiment import folder as run_folder
+from bnn_jax.experiment import search as search_stage
 from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics

@@ -36,7 +36,7 @@ TWO_RUNGS = rungs(32, 1)
 STAGES = ("00_w32a32", "01_w1a1")
 SAVE_ALWAYS = "--config.train.checkpoint_seconds=0"
 
-ITEMS = ("params", "batch_stats", "quant_state", "opt_state", "objective_state", "metric_sums", "rng", "step")
+ITEMS = ("params", "batch_stats", "quant_state", "knobs", "opt_state", "objective_state", "metric_sums", "rng", "step")
 TIMES = {"seconds", "images_per_second", "process_seconds"}
 TIMEOUT_SECONDS = 300
 

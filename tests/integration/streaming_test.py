@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnn_jax.data.streaming import StreamedSplit
+from bnn_jax.data.stream import StreamedSplit
 from tests.conftest import ROOT
 from tests.data import makers
 from tests.integration.launching import (

@@ -14,7 +14,7 @@ from bnn_jax.experiment.config import validate
 from bnn_jax.experiment.start import init_variables, variable_shapes
 from bnn_jax.methods import METHODS, build
 from bnn_jax.quantizers.categorical import VALUE_SETS
-from bnn_jax.report.complexity import complexity
+from bnn_jax.report.costs import complexity
 from bnn_jax.stages import IDENTITY, Stage, spec
 from bnn_jax.training.optimizer import group_labels
 from configs import (

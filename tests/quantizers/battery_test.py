@@ -131,7 +131,7 @@ def test_weight_has_the_kernel_shape_and_no_more_levels_than_documented(choice: 
 def test_decoding_the_encoded_weights_gives_the_weights(choice: Spec, levels, shape) -> None:
     latent = latent_of(choice, shape, seed=1)
     call, _ = make_weight(choice, latent)
-    encoded = call("encode", latent)
+    encoded = call("encode", latent, QuantContext())
     if encoded is None:
         assert levels is None
         return
@@ -152,7 +152,7 @@ def test_decoding_the_encoded_weights_gives_the_weights(choice: Spec, levels, sh
 def test_weights_are_small_integers_times_the_code_scale(choice: Spec, levels, shape) -> None:
     latent = latent_of(choice, shape, seed=2)
     call, _ = make_weight(choice, latent)
-    scale = call("code_scale", latent)
+    scale = call("code_scale", latent, QuantContext())
     if scale is None:
         return
     # A filter that is masked as a whole has the scale 0.
@@ -219,7 +219,7 @@ def test_weight_of_a_tensor_of_zeros_is_finite_zero_and_encodes(choice: Spec) ->
     value, gradient = jax.value_and_grad(lambda w: jnp.sum(call("__call__", w, QuantContext()) ** 2))(zeros)
     assert value == 0
     assert np.all(np.isfinite(gradient))
-    encoded = call("encode", zeros)
+    encoded = call("encode", zeros, QuantContext())
     assert encoded is None or np.all(np.asarray(encoded.decode()) == 0)
 
 
@@ -244,7 +244,7 @@ def test_activation_takes_its_documented_levels(choice: Spec) -> None:
     x = jnp.asarray(np.random.RandomState(0).normal(0.4, 1.0, (2, 5, 3, 7)), jnp.float32)
     q = np.asarray(apply_act(module, x)(x))
     assert (q.shape, q.dtype) == (x.shape, np.float32)
-    levels = module.apply({}, method="levels")
+    levels = module.apply({}, QuantContext(), method="levels")
     if levels is None:
         return
     assert levels.size == 2 ** int(module.bits) + (choice.name in ZERO_LEVEL)
@@ -256,10 +256,10 @@ def test_activation_takes_its_documented_levels(choice: Spec) -> None:
 @each_act
 def test_activation_code_scale_makes_small_integers(choice: Spec) -> None:
     module = build_act(choice)()
-    scale = module.apply({}, method="code_scale")
+    scale = module.apply({}, QuantContext(), method="code_scale")
     if scale is None:
         return
-    codes = np.asarray(module.apply({}, method="levels") / scale)
+    codes = np.asarray(module.apply({}, QuantContext(), method="levels") / scale)
     assert np.abs(codes).max() <= 256
     np.testing.assert_allclose(codes, np.round(codes), rtol=3e-7)
 

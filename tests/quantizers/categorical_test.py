@@ -170,7 +170,7 @@ def test_weights_are_the_choice_times_the_base_and_encode_exactly():
     a = logits(2, seed=4)
     w = quantizer(a, QuantContext(train=True))
     np.testing.assert_array_equal(w, np.where(a[0] >= a[1], 1.0, 0.5) * base)
-    encoded = quantizer.encode(a)
+    encoded = quantizer.encode(a, QuantContext())
     np.testing.assert_array_equal(encoded.decode(), w)
     assert encoded.levels.size == 6
 
@@ -208,8 +208,8 @@ def test_the_code_scale_is_the_largest_common_divisor(levels, divisor):
 
 def test_soft_weights_have_no_codes():
     # In training they are no multiples of anything.
-    assert bound(mode="soft").code_scale(logits(4)) is None
-    assert float(bound().code_scale(logits(4))) == 0.5
+    assert bound(mode="soft").code_scale(logits(4), QuantContext()) is None
+    assert float(bound().code_scale(logits(4), QuantContext())) == 0.5
 
 
 # ---- mistakes
@@ -238,7 +238,7 @@ def test_unknown_options_are_refused(option, message):
 
 def test_the_real_stream_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="no real-valued view"):
-        bound().real_kernel(logits(4))
+        bound().real_kernel(logits(4), QuantContext())
 
 
 def test_pruning_by_norms_is_refused():

@@ -188,7 +188,7 @@ def test_the_codebook_gets_the_sum_over_its_kernels_on_refinement_steps_only():
 def test_the_look_up_form_is_exactly_the_kernel_of_evaluation(tau, dtype):
     module, w = quantizer(tau), latent()
     variables = fresh(module)
-    encoded = module.apply(variables, w, method="encode")
+    encoded = module.apply(variables, w, QuantContext(), method="encode")
     assert isinstance(encoded, EncodedKernels)
     assert encoded.indices.shape == SHAPE[2:] and encoded.indices.dtype == dtype
     assert encoded.levels.shape == (2**tau, 9) and encoded.scale.shape == (1, 1, 1, SHAPE[3])
@@ -200,7 +200,7 @@ def test_the_look_up_form_has_the_memory_and_bears_patterns_that_are_double_or_u
     module, (variables, expected) = quantizer(4), moved()
     doubled = jax.tree.map(lambda rows: rows.at[5].set(rows[1]), variables)
     w = latent()
-    encoded = module.apply(doubled, w, method="encode")
+    encoded = module.apply(doubled, w, QuantContext(), method="encode")
     assert 5 not in np.asarray(encoded.indices), "the first of two equal patterns is used"
     assert len(np.unique(encoded.indices)) < 16
     expected[5] = expected[1]

@@ -87,14 +87,16 @@ def test_a_positive_factor_and_a_shift_of_the_weights_change_nothing(factor: flo
 
 
 def test_the_real_view_is_the_standardized_kernel_without_scale() -> None:
-    real = np.asarray(build_weight(spec("irnet"))().apply({}, weights(), method="real_kernel"), np.float64)
+    real = np.asarray(
+        build_weight(spec("irnet"))().apply({}, weights(), QuantContext(), method="real_kernel"), np.float64
+    )
     np.testing.assert_allclose(real.mean(axis=(0, 1, 2)), 0, atol=1e-6)
     np.testing.assert_allclose(real.std(axis=(0, 1, 2), ddof=1), 1, rtol=1e-5)
 
 
 def test_the_plain_sign_keeps_the_raw_weights_as_its_real_view() -> None:
     module = build_weight(spec("sign"))()
-    np.testing.assert_array_equal(module.apply({}, weights(), method="real_kernel"), weights())
+    np.testing.assert_array_equal(module.apply({}, weights(), QuantContext(), method="real_kernel"), weights())
     np.testing.assert_array_equal(module.apply({}, weights(), QuantContext()), np.sign(weights()))
 
 

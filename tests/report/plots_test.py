@@ -9,7 +9,6 @@ import pytest
 
 from bnn_jax.errors import UserError
 from bnn_jax.report import plots
-from bnn_jax.report.levels import LevelCounts
 
 RESULTS = [
     {"stage": "w32a32", "bits": 32, "last_top1": 91.0, "best_top1": 91.5, "selection": "test"},
@@ -89,14 +88,6 @@ def test_stages_of_equal_bits_are_told_apart_by_name(tmp_path: pathlib.Path, dra
 def test_sparse_results_are_drawn_too(tmp_path: pathlib.Path) -> None:
     plots.plot_chain([{"stage": "only"}], {}, tmp_path / "chain.png")
     assert (tmp_path / "chain.png").stat().st_size > 0
-
-
-def test_shares_of_the_levels(tmp_path: pathlib.Path, drawn) -> None:
-    counts = {"conv": LevelCounts(levels=np.array([-1.0, 0.0, 1.0]), counts=np.array([3, 0, 1]), masked=0)}
-    plots.plot_weights(counts, tmp_path / "weights.png")
-    (axis,) = drawn[0].axes
-    assert [bar.get_height() for bar in axis.patches] == [75, 0, 25]
-    assert axis.get_title() == "conv: 2 of 3 levels"
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: pathlib.Path, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from bnn_jax import networks
 from bnn_jax.report import tables
-from bnn_jax.report.complexity import complexity
+from bnn_jax.report.costs import complexity
 from bnn_jax.stages import DataSpec, OptimSpec, QuantSpec, Stage, spec
 
 RESULT = {
@@ -121,7 +121,7 @@ def test_schedules_in_a_few_words(schedule, text) -> None:
 def test_the_widest_network_fits_with_every_reason_in_full() -> None:
     quant = QuantSpec(weight=spec("dorefa", bits=1), act=spec("dorefa", bits=1))
     network = networks.build(spec("resnet18"), quant, num_classes=1000)
-    text = rendered(complexity(network, (224, 224, 3)).table())
+    text = rendered(tables.costs_table(complexity(network, (224, 224, 3))))
     assert row_of(text, "layer4_0/downsample_conv")[1:] == [
         "1x1x256x512",
         "7x7",
@@ -146,7 +146,7 @@ def test_the_widest_network_fits_with_every_reason_in_full() -> None:
 
 def test_the_widest_kernels_fit() -> None:
     network = networks.build(spec("standard_resnet50"), QuantSpec(weight=spec("dorefa", bits=1)), num_classes=1000)
-    text = rendered(complexity(network, (224, 224, 3)).table())
+    text = rendered(tables.costs_table(complexity(network, (224, 224, 3))))
     assert row_of(text, "layer4_0/downsample_conv")[1] == "1x1x1024x2048"
     assert "…" not in text
 
@@ -155,7 +155,7 @@ def test_a_table_of_codebooks_shows_them_and_what_is_shared() -> None:
     network = networks.build(
         spec("standard_resnet20"), QuantSpec(weight=spec("codebook", tau=4), act=spec("sign")), num_classes=10
     )
-    text = " ".join(rendered(complexity(network, (32, 32, 3)).table()).split())
+    text = " ".join(rendered(tables.costs_table(complexity(network, (32, 32, 3)))).split())
     assert "118.8 kbit quantized weights + 2.592 kbit codebooks" in text
     assert "MACs: 40.55 M bit ops: 25.33 M" in text
     assert "patterns that filters share counted once" in text

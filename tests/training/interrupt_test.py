@@ -5,8 +5,10 @@ import time
 
 import pytest
 
+from bnn_jax import hosts
 from bnn_jax.training import interrupt
 from bnn_jax.training.interrupt import SIGNALS, Agreement, StopRequest
+from tests.integration.launching import Finished, launch_program
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +97,27 @@ def test_on_several_processes_the_answer_can_be_waited_for(monkeypatch):
     assert not stop.agreed(at_once=True)
     stop.signal_number = signal.SIGINT
     assert stop.agreed(at_once=True) and stop.signal_number == signal.SIGINT
+
+
+def compiling(seconds: float) -> Finished:
+    """A process that gets a SIGTERM while it compiles, and waits so long for the compiler."""
+    program = "tests/training/compiling_program.py"
+    return launch_program(str(seconds), program=program, JAX_ENABLE_COMPILATION_CACHE="false")
+
+
+def test_a_stop_does_not_wait_for_the_compiler():
+    finished = compiling(0.2)
+    assert (finished.code, finished.stdout) == (143, "")
+    assert finished.stderr == "stopped while compiling; the same command goes on from step 3 of stage w1a1\n"
+
+
+def test_a_program_that_compiles_in_time_hears_of_the_stop():
+    assert compiling(100) == Finished(0, "compiled True\n", "")
+
+
+def test_a_group_that_watches_leaves_nothing_behind():
+    threads = threading.active_count()
+    with StopRequest(hosts.Group()):
+        assert threading.active_count() == threads + 1
+    assert threading.active_count() == threads
+    assert signal.set_wakeup_fd(-1) == -1

@@ -14,6 +14,7 @@ import pytest
 from bnn_jax import schedules
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.storage.checkpoint import CheckpointStore
+from bnn_jax.storage.content_hash import Header
 from bnn_jax.training import loop as loop_module
 from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
@@ -179,8 +180,8 @@ def test_a_stage_keeps_its_last_and_its_best_epoch(whole):
     assert run.saved_steps() == [3, 6]
     with CheckpointStore(run.folder / "checkpoints", read_only=True) as store:
         records = run.records()
-        assert store.metrics(3) == {"selection_top1": records[0]["validation_top1"]}
-        assert store.metrics(6) == {"selection_top1": records[1]["validation_top1"]}
+        assert Header.read(store.directory / "3").metrics == {"selection_top1": records[0]["validation_top1"]}
+        assert Header.read(store.directory / "6").metrics == {"selection_top1": records[1]["validation_top1"]}
 
 
 def test_the_last_checkpoint_is_the_final_state(whole):

@@ -1,11 +1,7 @@
-import re
-
 import pytest
 
 from bnn_jax.training import progress as progress_module
 from bnn_jax.training.progress import Progress, speed_text
-
-RECORD = {"epoch": 1, "train_loss": 0.5, "train_top1": 80.0, "test_top1": 75.25, "images_per_second": 1234.5}
 
 
 @pytest.fixture
@@ -16,39 +12,43 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def update(progress: Progress, step: int) -> None:
-    progress.update(step=step, epoch=1, images_per_second=50.0, loss=2.5, top1=12.5)
-
-
-def test_an_epoch_is_one_plain_line_on_stderr(capsys, clock):
-    with Progress("w4a4", total_steps=100, start_step=0, epochs=4) as progress:
+def test_a_report_is_one_plain_line_on_stderr(capsys, clock):
+    with Progress("w4a4", total=100) as progress:
         clock[0] += 10
-        update(progress, 50)
-        progress.epoch_done(RECORD)
+        progress.update(50, "epoch 2/4")
+        progress.report("test top-1 75.25 %")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (
-        "w4a4: epoch 2/4  train loss 0.5000  train top-1 80.00 %  test top-1 75.25 %  1,234 img/s  0:00:10 left\n"
-    )
+    assert captured.err == "w4a4: test top-1 75.25 %  0:00:10 left\n"
 
 
-def test_a_long_epoch_says_every_half_minute_how_far_it_is(capsys, clock):
-    with Progress("w4a4", total_steps=1000, start_step=0, epochs=4) as progress:
+def test_long_work_says_every_half_minute_how_far_it_is(capsys, clock):
+    with Progress("w4a4", total=1000) as progress:
         for second in range(0, 100, 10):
             clock[0] = 100.0 + second
-            update(progress, second + 1)
+            progress.update(second + 1, f"step {second + 1}")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    assert all(
-        re.match(r"w4a4: epoch 2/4  50 img/s  loss 2\.500  top-1 12\.5 %  \d:\d\d:\d\d left", ln) for ln in lines
-    )
+    assert lines == [
+        "w4a4: step 31  0:15:38 left",
+        "w4a4: step 61  0:15:24 left",
+        "w4a4: step 91  0:14:59 left",
+    ]
 
 
-def test_the_time_left_counts_the_steps_of_this_process_only(clock):
-    progress = Progress("w4a4", total_steps=1000, start_step=900, epochs=4)
+def test_an_update_with_a_line_says_that_one_only(capsys, clock):
+    with Progress("search", total=4) as progress:
+        clock[0] += 60
+        progress.update(1, "generation 1", line="generation 1  path 3 0 6")
+        progress.update(1, "generation 1")
+    assert capsys.readouterr().err == "search: generation 1  path 3 0 6  0:03:00 left\n"
+
+
+def test_the_time_left_counts_what_this_process_did_only(clock):
+    progress = Progress("w4a4", total=1000, done=800)
+    progress.skip(100)
     assert progress.time_left() == "?"
     clock[0] += 100
-    update(progress, 910)
+    progress.update(910, "")
     assert progress.time_left() == "0:15:00"
 
 
@@ -56,9 +56,9 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with Progress("w4a4", total_steps=100, start_step=0, epochs=4) as progress:
-        update(progress, 50)
-        progress.epoch_done(RECORD)
+    with Progress("w4a4", total=100) as progress:
+        progress.update(50, "50 img/s")
+        progress.report("test top-1 75.25 %")
     text = capsys.readouterr().err
     assert "w4a4" in text and "50 %" in text and "50 img/s" in text and "test top-1 75.25 %" in text
 
@@ -66,9 +66,8 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
 def test_of_several_processes_only_the_first_shows_anything(capsys, monkeypatch):
     monkeypatch.setattr(progress_module.hosts, "is_first", lambda: False)
     monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: True)
-    with Progress("stage", total_steps=2, start_step=0, epochs=1) as shown:
-        shown.update(step=1, epoch=0, images_per_second=1.0, loss=1.0, top1=0.0)
-        shown.say("a line")
+    with Progress("stage", total=2) as shown:
+        shown.update(1, "half", line="a line")
     assert capsys.readouterr().err == ""
 
 

@@ -307,11 +307,11 @@ def codebook_parts(*, refine: bool = True, maintenance: str = "clean") -> Any:
     stage = dataclasses.replace(
         stage, optim=dataclasses.replace(stage.optim, optimizer=optim.optimizer, groups=optim.groups)
     )
-    every = schedules.build(spec("every", interval=INTERVAL), steps_per_epoch=3, epochs=2)
+    choice = spec("every", interval=INTERVAL) if refine else spec("constant", value=0.0)
     return tiny.parts(
         network=tiny.TinyNetwork(weight=spec("codebook", tau=1)),
         chosen=stage,
-        knobs={"refine_codebook": every} if refine else {},
+        knobs={"refine_codebook": schedules.build(choice, steps_per_epoch=3, epochs=2)},
         projections=(RefillCodebooks(maintenance),),
     )
 
@@ -348,7 +348,7 @@ def test_a_codebook_stands_until_the_first_refinement_step_and_moves_at_every_st
     assert moved == [step >= INTERVAL - 1 for step in range(3 * INTERVAL)]
 
 
-def test_without_the_knob_a_codebook_never_changes():
+def test_while_the_knob_is_0_a_codebook_never_changes():
     fixed = codebook_parts(refine=False)
     states = run(compile_train_steps(fixed, all_devices()), tiny.state(fixed), 4)
     for tree, name in ((states[-1].params, "codebook"), (states[-1].quant_state, "memory")):

@@ -318,14 +318,14 @@ def test_the_evaluation_step_counts_valid_rows_only():
 
     class Fixed:
         def apply(self, variables, images, ctx):
-            return Outputs(logits=variables[images[:, 0, 0, 0]], features=images)
+            return Outputs(logits=variables["params"][images[:, 0, 0, 0]], features=images)
 
     step = compile_eval_step(Fixed(), lambda images: images, all_devices())
     # A pixel tells the row of the logits.
     images = jnp.arange(4).reshape(4, 1, 1, 1)
     labels = jnp.array([0, 0, 0, 0])
     indices, mask = np.arange(4), np.array([True, True, True, False])
-    sums = step(jnp.asarray(logits, jnp.float32), images, labels, indices, mask)
+    sums = step({"params": jnp.asarray(logits, jnp.float32)}, images, labels, indices, mask)
     # Row 1 has its label in the sixth place; row 2 is a tie, which goes to the lower class; row 3 does not count.
     assert int(sums["count"]) == 3
     assert int(sums["correct1"]) == 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bnn_jax import networks, objectives
-from bnn_jax.data.base import Split
+from bnn_jax.data.memory import Split
 from bnn_jax.experiment import start
 from bnn_jax.methods import basq
 from bnn_jax.quantizers import QuantContext

@@ -10,7 +10,7 @@ import numpy as np
 
 from bnn_jax import schedules
 from bnn_jax.data.augment import prepare_eval, prepare_train
-from bnn_jax.data.base import ImageSource, Split, fingerprint
+from bnn_jax.data.memory import ImageSource, Split, fingerprint
 from bnn_jax.experiment import start
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.layers.norm import BatchNorm
@@ -61,7 +61,6 @@ def source(*, num_train: int = 20, num_test: int = 10, num_validation: int = 0) 
     return ImageSource(
         name="tiny",
         num_classes=CLASSES,
-        image_shape=(SIZE, SIZE, 3),
         train=train,
         test=test,
         validation=validation,

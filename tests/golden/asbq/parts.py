@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,8 @@ def check_conv_q(file: GoldenFile, result: Comparison) -> None:
             groups=x.shape[1] // weight.shape[1],
             weight_quantizer=quantizer,
         )
-        variables = pytorch.convert_names({"weight_orig": weight, "weight_mask": mask})
+        flat = pytorch.convert_names({"weight_orig": weight, "weight_mask": mask})
+        variables = flax.traverse_util.unflatten_dict(flat, sep="/")
 
         def forward(x, params, conv=conv, state=variables["quant_state"]):
             return conv.apply({"params": params, "quant_state": state}, x, QuantContext())

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from bnn_jax import networks, objectives
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.tfds_source import TFDS_SETS
+from bnn_jax.data.tfds import TFDS_SETS
 from bnn_jax.stages import IDENTITY, QuantSpec, Spec, spec
 from bnn_jax.storage import pytorch
 

@@ -23,6 +23,7 @@ from tests.golden.skd_bnn.mlp import check_rates
 from tests.golden.skd_bnn.models import evaluated
 from tests.golden.skd_bnn.support import IRNET, SIGN, record_step
 from tests.golden.skd_bnn.training import check_schedules
+from tests.storage.torch_writer import to_pytorch_name
 
 DATA = golden_test.COMMITTED / "skd_bnn"
 
@@ -176,7 +177,7 @@ def made_state(
     random, state = np.random.RandomState(seed), {}
     shapes = {name: tree for name, tree in variable_shapes(network, image_shape).items() if tree}
     for path, leaf in flatten_dict(shapes, sep="/").items():
-        name = pytorch.to_pytorch_name(path)
+        name = to_pytorch_name(path)
         value = random.normal(0, 0.2, leaf.shape).astype(np.float32)
         state[prefix + name] = np.abs(value) + 1 if name.endswith("var") else to_pytorch(value)
         if name.startswith("fc") and name.endswith("bias") and len(value) == CLASSES:

@@ -7,7 +7,7 @@ import numpy as np
 
 from bnn_jax import networks
 from bnn_jax.quantizers import build_weight
-from bnn_jax.report.complexity import LayerComplexity, complexity
+from bnn_jax.report.costs import LayerComplexity, complexity
 from bnn_jax.stages import QuantSpec, spec
 from tests.golden.comparison import Comparison, GoldenFile
 

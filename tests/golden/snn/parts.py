@@ -11,13 +11,13 @@ import optax
 
 from bnn_jax import schedules
 from bnn_jax.experiment.start import create_state
+from bnn_jax.knobs import REFINE_CODEBOOK
 from bnn_jax.layers import QuantConv
 from bnn_jax.networks.base import NetworkOutput
 from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.ops import codebook as ops
 from bnn_jax.quantizers import build_weight
 from bnn_jax.quantizers.base import QuantContext
-from bnn_jax.quantizers.codebook import REFINE_KNOB
 from bnn_jax.stages import OptimSpec, ParameterGroup, spec
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.optimizer import make_optimizer
@@ -34,7 +34,7 @@ INTERVAL, DEAD_ZONE = 25, 1e-3
 
 def refining(refine: bool) -> QuantContext:
     """Context of a training step."""
-    return QuantContext(train=True, knobs={REFINE_KNOB: jnp.float32(refine)})
+    return QuantContext(train=True, knobs={REFINE_CODEBOOK.name: jnp.float32(refine)})
 
 
 def recorded(candidates: np.ndarray) -> Callable[..., jax.Array]:
@@ -244,7 +244,7 @@ def _training(file: GoldenFile, *, without: str) -> tuple[StepParts, TrainState]
     """Parts and first state: Adam at a constant rate, refinement by the counter, the recorded candidates."""
     decay, (count, _) = float(file["wd"]), file["p0"].shape
     groups = (
-        ParameterGroup("codebook$", weight_decay=decay, gradient_knob=REFINE_KNOB, without_gradient=without),
+        ParameterGroup("codebook$", weight_decay=decay, gradient_knob=REFINE_CODEBOOK.name, without_gradient=without),
         ParameterGroup(".*", weight_decay=decay),
     )
     recipe = OptimSpec(spec("adam"), spec("constant", value=float(file["lr"])), epochs=1, batch_size=1, groups=groups)
@@ -266,7 +266,9 @@ def _training(file: GoldenFile, *, without: str) -> tuple[StepParts, TrainState]
         objectives=(term,),
         optimizer=optimizer,
         prepare=lambda images, key: images,
-        knobs={REFINE_KNOB: schedules.build(spec("every", interval=INTERVAL, start=int(file["step0"])), **timing)},
+        knobs={
+            REFINE_CODEBOOK.name: schedules.build(spec("every", interval=INTERVAL, start=int(file["step0"])), **timing)
+        },
         projections=(RefillCodebooks(maintenance="release", draw=draw),),
     )
     state = create_state(

@@ -1,0 +1,217 @@
+"""The run folder: which stages it holds, whether it belongs to this config, and who is writing to it.
+
+``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``; a finished stage has
+``metrics.csv`` and, where its weights are quantized, ``weights.npz`` too (of several seeds ``weights_seed_<n>.npz``,
+one for each). Nothing here deletes anything: what is in the
+way is moved aside to ``<name>.old-<N>``. Of several processes the first one writes.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import bnn_jax
+from bnn_jax import hosts
+from bnn_jax.errors import UserError
+from bnn_jax.experiment.config import LOCATION_KEYS, flatten
+from bnn_jax.stages import Stage, differing_keys, to_json
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+MOST_KEYS_SHOWN = 5
+# A file system in a network may show what another host wrote some seconds later.
+SHARED_SECONDS = 30.0
+CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.jsonl", "result.json"
+METRICS_TABLE, WEIGHTS = "metrics.csv", "weights.npz"
+
+
+def weights_file(seed: int | None) -> str:
+    """Name of the file with the weights in use; None: there is one seed only."""
+    return WEIGHTS if seed is None else f"{Path(WEIGHTS).stem}_seed_{seed}.npz"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """``result.json`` of a finished stage, or None.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    return read_json(folder / RESULT)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file, or None where there is none.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged; move it away to make it anew")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one step: it is either the old one or the whole new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:
+    """Makes the folder this run's, or checks that it is. A folder without any stage's folder is taken over.
+
+    Raises:
+      UserError: the folder holds a run of another config (the differing keys are named).
+    """
+    path = workdir / CONFIG
+    rows = _differences(path, config, stages)
+    if rows and any(workdir.glob("[0-9][0-9]_*")):
+        raise UserError(f"{_describe_differences(path, rows)}; choose another --workdir, or --fresh to move it aside")
+    if rows or not path.exists():
+        write_json(path, {**_content(config, stages), **provenance()})
+
+
+def check_shared(workdir: Path) -> None:
+    """Checks that a process sees the folder that the first process claimed.
+
+    Raises:
+      UserError: it does not.
+    """
+    written = hosts.from_first("claim", lambda: read_json(workdir / CONFIG))
+    end = time.monotonic() + SHARED_SECONDS
+    while (seen := read_json(workdir / CONFIG)) != written:
+        if time.monotonic() > end:
+            what = "is not there" if seen is None else "is another one"
+            raise UserError(
+                f"--workdir={workdir}: the {CONFIG} that process 0 wrote {what}; the folder must be on a file system "
+                "that all hosts share"
+            )
+        time.sleep(0.2)
+
+
+def check_owner(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:
+    """Checks that what the folder holds, if anything, is of this config.
+
+    Raises:
+      UserError: it is of another config (the differing keys are named).
+    """
+    if rows := _differences(workdir / CONFIG, config, stages):
+        raise UserError(f"{_describe_differences(workdir / CONFIG, rows)}; give the same config and overrides")
+
+
+def _content(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
+    return {"config": to_json_config(config), "stages": [to_json(stage) for stage in stages]}
+
+
+def _differences(path: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> list[str]:
+    """Keys in which a run's config.json differs from a config, but for where and how it runs; none without a file."""
+    existing = read_json(path)
+    if existing is None:
+        return []
+    new = _content(config, stages)
+    flat_old, flat_new = (
+        {f"config.{key}": value for key, value in flatten(config).items() if key not in LOCATION_KEYS}
+        for config in (existing.get("config", {}), new["config"])
+    )
+    return differing_keys(flat_old, flat_new) or differing_keys(existing.get("stages"), new["stages"], "stages")
+
+
+def _describe_differences(path: Path, rows: list[str]) -> str:
+    more = f" and {len(rows) - MOST_KEYS_SHOWN} more" if len(rows) > MOST_KEYS_SHOWN else ""
+    return f"{path.parent} holds a run of another config: {', '.join(rows[:MOST_KEYS_SHOWN])}{more}"
+
+
+def to_json_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A validated config in the values JSON gives back (lists for tuples)."""
+    return json.loads(json.dumps(config))
+
+
+def move_aside(path: Path) -> Path | None:
+    """Renames a file or folder to ``<name>.old-<N>`` with the first free N; None where there is nothing.
+
+    Raises:
+      UserError: the path is '.' or '/', which have no name to change.
+    """
+    if not path.exists():
+        return None
+    if not path.name:
+        raise UserError(f"{path} cannot be moved aside; name the folder itself")
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(target)
+    return target
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Creates the folder and holds its lock, so that no second process trains into it.
+
+    Raises:
+      UserError: another process holds it, or the folder cannot be made or written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {describe_os_error(error)}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--workdir={workdir}: another process is training in this folder") from None
+        yield
+
+
+def describe_os_error(error: OSError) -> str:
+    """One phrase for an error of the file system."""
+    if error.errno == errno.ENOSPC:
+        return "no space left on the device"
+    return (error.strerror or str(error)).lower()
+
+
+def provenance() -> dict[str, Any]:
+    """Library versions and git commit of this installation."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "bnn_jax": bnn_jax.__version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"versions": versions, "git_commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    """Commit of the source, with '-dirty' if files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # Installed into the environment of some other project, the files lie in that one's checkout, untracked.
+        run("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = run("rev-parse", "HEAD")
+        return f"{commit}-dirty" if run("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
