@@ -14,7 +14,13 @@ from bnn_jax.deploy.weights import Weights
 def function(program: Program, weights: Mapping[str, Weights]) -> Callable[[jax.Array], jax.Array]:
     """(N, H, W, C) normalised images -> logits (N, K), traceable."""
     convolve = reference.convolver(jnp, weights, _convolve)
-    return lambda images: reference.evaluate(jnp, program, convolve, _pool, images)
+
+    def logits(images: jax.Array) -> jax.Array:
+        # Constants are (C,) whatever the value's axes are.
+        with jax.numpy_rank_promotion("allow"):
+            return reference.evaluate(jnp, program, convolve, _pool, images)
+
+    return logits
 
 
 def compile(program: Program, weights: Mapping[str, Weights]) -> Callable[[np.ndarray], np.ndarray]:

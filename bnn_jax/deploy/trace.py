@@ -21,7 +21,7 @@ from bnn_jax.deploy.simplify import simplify
 from bnn_jax.deploy.weights import FloatWeights, LevelWeights, PatternWeights, Weights
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.ops.codebook import all_patterns, codes
-from bnn_jax.quantizers.base import ActQuantizer, QuantContext, WeightQuantizer
+from bnn_jax.quantizers.base import ActQuantizer, QuantContext, WeightQuantizer, evaluation_context
 
 # Rows of the traced batch. Every value has the batch in front; it is left out of shapes.
 BATCH = 2
@@ -52,7 +52,7 @@ def trace(
       network: (images, QuantContext) -> NetworkOutput.
       variables: its variables.
       image_shape: (H, W, C).
-      context: context of the evaluation: knobs, choice of branches.
+      context: context of the evaluation; None: that of the variables, without a choice of branches.
 
     Returns:
       The program, whose output are the logits, and the weights of each layer by path.
@@ -61,7 +61,7 @@ def trace(
       ValueError: the network does something that no operation of the format means.
     """
     layers: dict[str, _Layer] = {}
-    context = QuantContext() if context is None else context
+    context = evaluation_context(variables) if context is None else context
     images = jax.ShapeDtypeStruct((BATCH, *image_shape), jnp.float32)
     with nn.intercept_methods(_interceptor(layers)):
         closed = jax.make_jaxpr(lambda images: network.apply(variables, images, context).logits)(images)
@@ -87,22 +87,24 @@ def _interceptor(layers: dict[str, _Layer]) -> Callable:
             output = next_function(*args, **kwargs)
             assert layer.input is not None  # its activation quantizer was called
             result = _layer_call.bind(layer.input, path=path, shape=output.shape)
-            return result + module.get_variable("params", "bias") if module.use_bias else result
+            if not module.use_bias:
+                return result
+            return result + module.get_variable("params", "bias").reshape((1,) * (result.ndim - 1) + (-1,))
         output = next_function(*args, **kwargs)
         owner = layers.get("/".join(module.path[:-1])) if isinstance(module.parent, (QuantConv, QuantDense)) else None
         if owner is not None and isinstance(module, ActQuantizer):
-            owner.input, owner.codes = output, _codes_of(module)
+            owner.input, owner.codes = output, _codes_of(module, args[1])
         elif owner is not None and isinstance(module, WeightQuantizer):
             with jax.ensure_compile_time_eval():
-                owner.weights = _weights_of(module, args[0], lambda: next_function(*args, **kwargs))
+                owner.weights = _weights_of(module, args, lambda: next_function(*args, **kwargs))
         return output
 
     return interceptor
 
 
-def _codes_of(quantizer: Any) -> Codes | None:
+def _codes_of(quantizer: Any, context: QuantContext) -> Codes | None:
     with jax.ensure_compile_time_eval():
-        scale, levels = quantizer.code_scale(), quantizer.levels()
+        scale, levels = quantizer.code_scale(context), quantizer.levels(context)
         if scale is None or levels is None or np.size(scale) != 1 or float(scale) <= 0:
             return None
         whole = np.asarray(levels, np.float64) / float(scale)
@@ -111,8 +113,8 @@ def _codes_of(quantizer: Any) -> Codes | None:
     return Codes(scale=float(scale), low=low, high=high) if fits else None
 
 
-def _weights_of(quantizer: Any, latent: Any, forward: Callable[[], Any]) -> Weights:
-    encoded = quantizer.encode(latent)
+def _weights_of(quantizer: Any, arguments: tuple, forward: Callable[[], Any]) -> Weights:
+    encoded = quantizer.encode(*arguments)
     if encoded is None:
         return FloatWeights(np.asarray(forward(), np.float32))
     indices, levels = np.asarray(encoded.indices).astype(np.uint16), np.asarray(encoded.levels, np.float32)
