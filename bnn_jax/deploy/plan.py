@@ -232,6 +232,7 @@ class Plan:
             if group.on_host:
                 self._flush(pending)
                 self._segments.append(("host", self._host(group.nodes[0])))
+                pending += self._repacking(group.nodes[0] + 1)
             else:
                 pending.append(self._operation(group))
             self._release(number)
@@ -292,27 +293,36 @@ class Plan:
 
     def _host(self, index: int) -> Callable[[], None]:
         """An operation that numpy does."""
-        node, value = self._program.nodes[index], index + 1
+        node, shape = self._program.nodes[index], self._image_shape(index + 1)
         inputs = [self._buffers[(each, "float")] for each in node.inputs]
         shapes = [self._shapes[each] for each in node.inputs]
-        outputs = [self._allocate(value, layout) for layout in self._layouts(value, inside=None)]
-        if any(buffer.layout.format != "float" for buffer in outputs):
-            raise ValueError(f"operation {node.kind}: its result is multiplied as small integers")
+        wanted = [each for each in self._layouts(index + 1, inside=None) if each.format == "float"]
+        output = self._allocate(index + 1, wanted[0] if wanted else Layout("float", shape))
 
         def run() -> None:
             arrays = [b.view(self.batch).reshape(self.batch, *s) for b, s in zip(inputs, shapes, strict=True)]
             result = compute(np, node, arrays, _no_product, reference.pool)
-            for buffer in outputs:
-                buffer.view(self.batch)[...] = result.reshape(self.batch, *buffer.layout.shape)
+            output.view(self.batch)[...] = result.reshape(self.batch, *shape)
 
         return run
+
+    def _repacking(self, value: int) -> list[native.COperation]:
+        """What stores a value of numpy's in the other forms in which it is read."""
+        packed = [each for each in self._layouts(value, inside=None) if each.format != "float"]
+        if not packed:
+            return []
+        operation = self._moving(value, Node("load", (value,)), loads=True)
+        self._finish(operation, [self._store(self._allocate(value, layout)) for layout in packed])
+        self._names.append("packing")
+        return [operation]
 
     def _operation(self, group: fuse.Group) -> native.COperation:
         first = group.nodes[0]
         node = self._program.nodes[first]
-        operation = self._source(first, node, loads=group.loads)
+        is_product = not group.loads and first in self._layers.products
+        operation = self._product(first, node) if is_product else self._moving(first + 1, node, loads=group.loads)
         steps: list[native.CStep] = []
-        if not group.loads and first in self._layers.products:
+        if is_product:
             scaled = self._layers.scale(first, node)
             if scaled is not None:
                 steps.append(self._step("affine", operation.channels, first=scaled[0], second=scaled[1]))
@@ -327,35 +337,32 @@ class Plan:
                     sign = following_node.options["sign"]
                     steps.append(self._step("negate_some", operation.channels, first=sign))
             steps += [self._store(buffer) for buffer in outputs]
-        operation.steps = (native.CStep * len(steps))(*steps)
-        operation.step_count = len(steps)
-        self._keep += [operation.steps, steps]
+        self._finish(operation, steps)
         return operation
+
+    def _finish(self, operation: native.COperation, steps: list[native.CStep]) -> None:
+        array = (native.CStep * len(steps))(*steps)
+        operation.steps, operation.step_count = array, len(steps)
+        self._keep.append(array)
 
     def _needless(self, index: int, outputs: list[Buffer], following: int | None) -> bool:
         """Whether a sign is only stored as a sign, which storing does by itself."""
         is_sign = self._program.nodes[index].kind == "sign"
         return is_sign and following is None and all(b.layout.format in ("signs", "planes") for b in outputs)
 
-    def _source(self, index: int, node: Node, *, loads: bool) -> native.COperation:
-        value = node.inputs[0]
-        height, width, channels = self._image_shape(value if loads else index + 1)
-        input_shape, product = self._image_shape(value), None if loads else self._layers.products.get(index)
-        buffer = self._buffers[(value, FORMATS[product] if product else "float")]
+    def _describe(self, value: int, buffer: Buffer) -> native.COperation:
+        """An operation that makes a value of one that lies in the buffer."""
+        height, width, channels = self._image_shape(value)
         operation = native.COperation(batch=self.batch, height=height, width=width, channels=channels)
         operation.input, operation.kernel_height, operation.kernel_width = buffer.tensor, 1, 1
         operation.stride_y = operation.stride_x = 1
-        operation.input_height, operation.input_width, operation.input_channels = input_shape
-        if product:
-            self._describe_product(operation, index, node, product, buffer)
-        else:
-            self._describe_move(operation, node, input_shape, loads=loads)
+        operation.input_height, operation.input_width, operation.input_channels = buffer.layout.shape
         return operation
 
-    def _describe_product(
-        self, operation: native.COperation, index: int, node: Node, product: str, buffer: Buffer
-    ) -> None:
-        layer = self._layers.weights[node.options["layer"]]
+    def _product(self, index: int, node: Node) -> native.COperation:
+        product, layer = self._layers.products[index], self._layers.weights[node.options["layer"]]
+        buffer = self._buffers[(node.inputs[0], FORMATS[product])]
+        operation = self._describe(index + 1, buffer)
         weights, rows = self._layers.laid_out(index, node, buffer.elements)
         operation.source = native.SOURCES.index(f"conv_{product}")
         operation.weights, operation.input_channels = weights.ctypes.data, buffer.elements
@@ -369,16 +376,18 @@ class Plan:
             operation.batch, operation.width = 1, self.batch
             operation.input = native.CTensor(buffer.tensor.data, 0, 0, buffer.tensor.image)
         if product == "codebook":
-            operation.shift, operation.patterns = buffer.plane, len(layer.levels)  # type: ignore[union-attr]
-            operation.chunk, operation.codebook = layouts.codebook_chunk(layer.shape[2]), rows.ctypes.data  # type: ignore[union-attr]
+            assert isinstance(layer, PatternWeights) and rows is not None
+            operation.shift, operation.patterns = buffer.plane, len(layer.levels)
+            operation.chunk, operation.codebook = layouts.codebook_chunk(layer.shape[2]), rows.ctypes.data
         if product == "bytes":
-            codes = node.options["codes"]
-            largest = max(1, int(np.abs(layer.integers[0]).max()) * (codes.high - codes.low))  # type: ignore[index]
-            operation.chunk = 32767 // (2 * largest)
+            codes, integers = node.options["codes"], layer.integers
+            assert integers is not None
+            operation.chunk = 32767 // (2 * max(1, int(np.abs(integers[0]).max()) * (codes.high - codes.low)))
+        return operation
 
-    def _describe_move(
-        self, operation: native.COperation, node: Node, shape: tuple[int, int, int], *, loads: bool
-    ) -> None:
+    def _moving(self, value: int, node: Node, *, loads: bool) -> native.COperation:
+        """Pooling, or loading: all of the first input (``loads``), or what the operation takes of it."""
+        operation = self._describe(value, self._buffers[(node.inputs[0], "float")])
         kind, options = ("load" if loads else node.kind), node.options
         source = {"max_pool": "pool_max", "sum_pool": "pool_sum", "sum": "pool_sum"}.get(kind, "load")
         operation.source = native.SOURCES.index(source)
@@ -387,12 +396,13 @@ class Plan:
             operation.stride_y, operation.stride_x = options["strides"]
             (operation.pad_top, _), (operation.pad_left, _) = options["padding"]
         elif kind == "sum":
-            operation.kernel_height, operation.kernel_width = shape[:2]
+            operation.kernel_height, operation.kernel_width = operation.input_height, operation.input_width
         elif kind == "slice":
             operation.stride_y, operation.stride_x = options["step"][:2]
             operation.pad_top, operation.pad_left = -options["start"][0], -options["start"][1]
         elif kind == "pad":
             operation.shift = options["low"][-1]
+        return operation
 
     def _follower(self, node: Node, value: int, channels: int) -> native.CStep:
         """The step of an operation that follows the value in its group."""
@@ -412,9 +422,10 @@ class Plan:
                 step.low, step.high = options.get("low", -np.inf), options.get("high", np.inf)
                 return step
             case "add":
-                other = next(each for each in (*node.inputs[::-1],) if each != value)
+                others = list(node.inputs)
+                others.remove(value)
                 step = self._step("add", channels)
-                step.tensor = self._buffers[(other, "float")].tensor
+                step.tensor = self._buffers[(others[0], "float")].tensor
                 return step
         return self._step(node.kind, channels)
 
