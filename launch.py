@@ -36,6 +36,8 @@ on several processes (hosts): train and evaluate; the same command in each of th
   --heartbeat_seconds=S      silence after which a process counts as lost (default 100)
   --connect_seconds=S        how long to wait for the others at the start (default 300)
 
+environment: JAX_COMPILATION_CACHE_DIR=DIR  keeps compiled programs, for later runs of a network
+
 example: python launch.py --config=configs/quickstart.py
 exit status: 0 done; 1 training failed or a process was lost; 2 bad input
              130 or 143 stopped by a signal, state saved

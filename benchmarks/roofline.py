@@ -29,8 +29,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bnn_jax.experiment import folder as run_folder
-from bnn_jax.experiment.build import Run, assemble, initial_variables
+from bnn_jax.experiment.build import make_experiment, set_up
 from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.load import load_images
+from bnn_jax.experiment.start import first_variables, init_variables, new_state
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.feed import Feed
 from bnn_jax.training.step import Constants, compile_train_steps
@@ -59,22 +61,22 @@ class Step:
         config.train.batch_size = config.data.num_train = batch_size
         config.train.compute_dtype = dtype
         self.name, self.dtype, self.batch_size = name, dtype, batch_size
-        run = Run(validate(config.to_dict()), Path("unused"))
-        stage = run.stages[-1]
-        assembly = assemble(run, stage, run.load_data(stage))
+        experiment = make_experiment(validate(config.to_dict()))
+        stage = experiment.stages[-1]
+        setup = set_up(experiment, stage, load_images(experiment.config, stage.data))
         devices = all_devices()
         teacher = {}
-        if assembly.parts.teacher is not None:
+        if setup.parts.teacher is not None:
             # Values do not matter for speed: any start of the teacher's network will do.
-            first = assemble(run, run.stages[0], assembly.source)
-            teacher = initial_variables(run, first)
-        images, labels = Feed(assembly.source.train, devices).arrays
+            (teacher,) = first_variables(set_up(experiment, experiment.stages[0], setup.source), None)
+        images, labels = Feed(setup.source.train, devices).arrays
         self.constants = Constants(images, labels, devices.replicate(teacher))
         indices, mask = devices.pad_rows(np.arange(batch_size, dtype=np.int32)[None], np.ones((1, batch_size), bool))
         self.batch = devices.split(indices, devices.stacked_rows), devices.split(mask, devices.stacked_rows)
-        variables = create_variables(assembly)
-        self.state = assembly.create_state(variables, devices)
-        program = compile_train_steps(assembly.parts, devices)
+        # Fresh variables, whatever the stage would start from.
+        size = jax.numpy.zeros((1, *setup.source.image_shape))
+        self.state = new_state(setup, init_variables(setup.network, jax.random.key(0), size), devices)
+        program = compile_train_steps(setup.parts, devices)
         started = time.perf_counter()
         self.program = program.lower(self.state, self.constants, *self.batch).compile()
         self.compile_seconds = time.perf_counter() - started
@@ -89,14 +91,6 @@ class Step:
             self.state, _ = self.program(self.state, self.constants, *self.batch)
         jax.block_until_ready(self.state.params)
         return (time.perf_counter() - started) / steps
-
-
-def create_variables(assembly: Any) -> dict[str, Any]:
-    """Fresh variables of the stage's network, whatever the stage would start from."""
-    from bnn_jax.experiment import start
-
-    images = jax.numpy.zeros((1, *assembly.source.image_shape))
-    return start.init_variables(assembly.network, jax.random.key(0), images)
 
 
 def measure(steps: list[Step], options: argparse.Namespace, peaks: tuple[float, float, float] | None) -> list[dict]:

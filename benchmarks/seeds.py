@@ -24,16 +24,18 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bnn_jax.experiment import folder as run_folder
-from bnn_jax.experiment.build import Assembly, Run, assemble, initial_state
+from bnn_jax.experiment.build import Experiment, make_experiment, set_up
 from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.load import load_images
+from bnn_jax.experiment.start import first_state
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.loop import dispatch_length
-from bnn_jax.training.seeds import take
+from bnn_jax.training.loop import Setup, dispatch_length
+from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import Constants, compile_train_steps
 from configs import asbq_resnet20
 
 
-def make_run(options: argparse.Namespace, *, bits: int, num_seeds: int) -> Run:
+def make_experiment_of(options: argparse.Namespace, *, bits: int, num_seeds: int) -> Experiment:
     """A one-stage run of the given bit width and number of seeds on generated 32x32 images."""
     config = asbq_resnet20.get_config("smoke")
     config.network = options.network
@@ -43,15 +45,15 @@ def make_run(options: argparse.Namespace, *, bits: int, num_seeds: int) -> Run:
     config.asbq.bits = (bits,)
     config.asbq.learning_rates = (0.01,)
     config.num_seeds = num_seeds
-    return Run(validate(config.to_dict()), Path("runs") / "benchmark")
+    return make_experiment(validate(config.to_dict()))
 
 
 class Together:
     """All seeds in one program."""
 
-    def __init__(self, run: Run, assembly: Assembly):
-        self.seeds, self.state = run.seeds_of(assembly.stage), initial_state(run, assembly, all_devices())
-        self.program = compile_train_steps(assembly.parts, all_devices(), num_seeds=self.seeds.count)
+    def __init__(self, setup: Setup):
+        self.seeds, self.state = setup.seeds, first_state(setup, None, all_devices())
+        self.program = compile_train_steps(setup.parts, all_devices(), seeds=setup.seeds)
 
     def __call__(self, constants: Constants, rows: Any, mask: Any) -> Any:
         """Starts the steps of one dispatch, rows (K, N, B)."""
@@ -62,9 +64,9 @@ class Together:
 class Alone:
     """Each seed by itself, one after another, in the program of one seed."""
 
-    def __init__(self, run: Run, assembly: Assembly, first: Any):
-        self.states = [take(first, index) for index in range(run.num_seeds)]
-        self.program = compile_train_steps(assembly.parts, all_devices())
+    def __init__(self, setup: Setup, first: Any):
+        self.states = setup.seeds.unstack(first)
+        self.program = compile_train_steps(setup.parts, all_devices())
 
     def __call__(self, constants: Constants, rows: Any, mask: Any) -> Any:
         """Starts the steps of one dispatch of every seed, rows (K, N, B)."""
@@ -75,14 +77,15 @@ class Alone:
 
 def measure(options: argparse.Namespace, *, bits: int, num_seeds: int) -> dict[str, Any]:
     """Times of both sides and their ratio, for a bit width and a number of seeds."""
-    run = make_run(options, bits=bits, num_seeds=num_seeds)
-    assembly = assemble(run, run.stages[0], run.load_data(run.stages[0]))
-    images, labels = all_devices().replicate((assembly.source.train.images, assembly.source.train.labels))
+    experiment = make_experiment_of(options, bits=bits, num_seeds=num_seeds)
+    (stage,) = experiment.stages
+    setup = set_up(experiment, stage, load_images(experiment.config, stage.data))
+    images, labels = all_devices().replicate((setup.source.train.images, setup.source.train.labels))
     constants = Constants(images, labels, {})
-    together = Together(run, assembly)
-    alone = Alone(run, assembly, together.state)
-    size = assembly.stage.optim.batch_size
-    plan = together.seeds.index_plan(0, num_images=len(assembly.source.train), batch_size=size, drop_last=True)
+    together = Together(setup)
+    alone = Alone(setup, together.state)
+    size = stage.optim.batch_size
+    plan = together.seeds.index_plan(0, num_images=len(setup.source.train), batch_size=size, drop_last=True)
     length = dispatch_length(len(plan[0]), 0)
     dispatches = [(plan[0][i : i + length], plan[1][i : i + length]) for i in range(0, len(plan[0]), length)]
 
@@ -106,17 +109,16 @@ def measure(options: argparse.Namespace, *, bits: int, num_seeds: int) -> dict[s
         "ratio": round(statistics.median(single / joint for joint, single in rounds), 3),
         "images_per_second": round(num_seeds * size * steps / median[0], 1),
         "compile_seconds": [round(first - later, 1) for first, later in zip(compiling, median, strict=True)],
-        "largest_difference": largest_difference(together.state.params, [state.params for state in alone.states]),
+        "largest_difference": largest_difference(
+            setup.seeds.unstack(together.state.params), [state.params for state in alone.states]
+        ),
     }
 
 
-def largest_difference(stacked: Any, each: list[Any]) -> float:
+def largest_difference(together: list[TrainState], alone: list[TrainState]) -> float:
     """Largest absolute difference of the parameters of the two sides, which took the same steps."""
-    return max(
-        float(jnp.max(jnp.abs(one - other)))
-        for index, tree in enumerate(each)
-        for one, other in zip(jax.tree.leaves(take(stacked, index)), jax.tree.leaves(tree), strict=True)
-    )
+    sides = [jax.tree.leaves([state.params for state in side]) for side in (together, alone)]
+    return max(float(jnp.max(jnp.abs(one - other))) for one, other in zip(*sides, strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,8 +32,12 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bnn_jax.experiment import folder as run_folder
-from bnn_jax.experiment.build import Run, assemble, initial_variables, make_evaluator
+from bnn_jax.experiment.build import Experiment, make_experiment, set_up
 from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.evaluate import make_evaluator
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.experiment.load import load_images
+from bnn_jax.experiment.start import first_variables, new_state
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
@@ -43,7 +47,7 @@ from bnn_jax.training.progress import Progress
 from configs import asbq_resnet20, skd_resnet20
 
 
-def make_run(options: argparse.Namespace, bits: int, folder: Path) -> Run:
+def make_run(options: argparse.Namespace, bits: int) -> Experiment:
     """A one-stage run of the given bit width on generated 32x32 images."""
     config = asbq_resnet20.get_config("smoke")
     config.network = options.network
@@ -53,7 +57,7 @@ def make_run(options: argparse.Namespace, bits: int, folder: Path) -> Run:
     config.data.num_eval = 8
     config.asbq.bits = (bits,)
     config.asbq.learning_rates = (0.01,)
-    return Run(validate(config.to_dict()), folder)
+    return make_experiment(validate(config.to_dict()))
 
 
 # Sides of the comparison: name, and the terms besides the task's own.
@@ -64,18 +68,17 @@ SKD_SIDES = {
 }
 
 
-def make_skd_run(options: argparse.Namespace, terms: tuple[str, ...], folder: Path) -> Run:
+def make_skd_run(options: argparse.Namespace, terms: tuple[str, ...]) -> Experiment:
     """A run of SKD-BNN's ResNet-20 on generated images, with these terms of its own besides the cross-entropy."""
     config = skd_resnet20.get_config("smoke")
     config.train.compute_dtype = options.compute_dtype
     config.train.batch_size = options.batch_size
     config.data.num_train = min(512, options.batch_size * options.steps)
     config.data.num_eval = 8
-    run = Run(validate(config.to_dict()), folder)
-    (stage,) = run.stages
+    experiment = make_experiment(validate(config.to_dict()))
+    (stage,) = experiment.stages
     kept = tuple(term for term in stage.objectives if term.name in ("cross_entropy", *terms))
-    run.stages = (dataclasses.replace(stage, objectives=kept),)
-    return run
+    return dataclasses.replace(experiment, stages=(dataclasses.replace(stage, objectives=kept),))
 
 
 def bare_step(network: Any, optimizer: Any):
@@ -98,24 +101,21 @@ def bare_step(network: Any, optimizer: Any):
 class LoopSide:
     """Our loop: epochs of ``steps`` steps, with gathering, augmentation, mask, metrics and progress."""
 
-    def __init__(self, run: Run, folder: Path):
-        stage = run.stages[0]
-        self.assembly = assemble(run, stage, run.load_data(stage))
-        devices = all_devices()
+    def __init__(self, experiment: Experiment, folder: Path):
+        (stage,), devices = experiment.stages, all_devices()
+        source = load_images(experiment.config, stage.data)
+        self.setup, run_folder = set_up(experiment, stage, source), RunFolder(folder, experiment.stages)
         self.loop = StageLoop(
-            stage,
-            self.assembly.parts,
-            schedule=self.assembly.schedule,
-            source=self.assembly.source,
+            self.setup,
             teacher={},
-            evaluator=make_evaluator(run, self.assembly.stage, self.assembly.network, self.assembly.source, devices),
+            evaluator=make_evaluator(experiment, run_folder, stage, self.setup.network, source, devices),
             store=CheckpointStore(folder / "checkpoints"),
             metrics_path=folder / "metrics.jsonl",
             options=LoopOptions(checkpoint_seconds=1e9),
             devices=devices,
         )
-        self.variables = initial_variables(run, self.assembly)
-        self.state = self.assembly.create_state(self.variables, devices)
+        (self.variables,) = first_variables(self.setup, None)
+        self.state = new_state(self.setup, self.variables, devices)
         self.epoch = 0
 
     def run(self) -> tuple[float, int]:
@@ -133,15 +133,15 @@ class BareSide:
     """The bare step on one fixed batch."""
 
     def __init__(self, loop_side: LoopSide, batch_size: int):
-        assembly = loop_side.assembly
-        size, _, channels = assembly.source.image_shape
+        setup = loop_side.setup
+        size, _, channels = setup.source.image_shape
         self.images = jax.random.normal(jax.random.key(0), (batch_size, size, size, channels))
-        self.labels = jnp.arange(batch_size) % assembly.source.num_classes
+        self.labels = jnp.arange(batch_size) % setup.source.num_classes
         variables = jax.tree.map(jnp.array, loop_side.variables)
         self.other = {name: value for name, value in variables.items() if name != "params"}
         self.params = variables["params"]
-        self.opt_state = assembly.parts.optimizer.init(self.params)
-        self.step = bare_step(assembly.network, assembly.parts.optimizer)
+        self.opt_state = setup.parts.optimizer.init(self.params)
+        self.step = bare_step(setup.network, setup.parts.optimizer)
 
     def run(self, steps: int) -> float:
         """Seconds of ``steps`` steps."""
@@ -157,7 +157,7 @@ class BareSide:
 def measure(options: argparse.Namespace, bits: int) -> dict[str, Any]:
     """Throughput, compilation and ratio for one bit width."""
     with tempfile.TemporaryDirectory() as folder:
-        loop_side = LoopSide(make_run(options, bits, Path(folder)), Path(folder))
+        loop_side = LoopSide(make_run(options, bits), Path(folder))
         steps = loop_side.loop.steps_per_epoch
         first_seconds, _ = loop_side.run()
         bare_side = BareSide(loop_side, options.batch_size)
@@ -183,7 +183,7 @@ def measure_skd(options: argparse.Namespace) -> dict[str, Any]:
         sides, compiling = {}, {}
         for name, terms in SKD_SIDES.items():
             place = Path(folder) / name.replace(" ", "_")
-            sides[name] = LoopSide(make_skd_run(options, terms, place), place)
+            sides[name] = LoopSide(make_skd_run(options, terms), place)
             compiling[name] = sides[name].run()[0]
         rounds = [{name: side.run() for name, side in sides.items()} for _ in range(options.rounds)]
         steps = next(iter(sides.values())).loop.steps_per_epoch

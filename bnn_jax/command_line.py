@@ -4,6 +4,7 @@ Results go to stdout, the log of the work to stderr. With ``--json`` the last li
 """
 
 import collections
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -31,7 +32,6 @@ OPTION_MODES = {
     "process_id": ("train", "evaluate"),
 }
 DISTRIBUTED = ("auto", "off")
-SECONDS = {"heartbeat_seconds": 100, "connect_seconds": 300}
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -81,7 +81,7 @@ def _define_flags(config: ConfigDict, argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_string(name, None, name, flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
     flags.DEFINE_string("distributed", "auto", "join other processes", flag_values=values)
-    for name, default in (("num_processes", None), ("process_id", None), *SECONDS.items()):
+    for name, default in list(dataclasses.asdict(hosts.Peers()).items())[1:]:
         flags.DEFINE_integer(name, default, name, flag_values=values)
     flags.DEFINE_bool("fresh", False, "start anew", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON as the last line", flag_values=values)
@@ -158,21 +158,19 @@ def peers_of(values: Any) -> hosts.Peers | None:
     Raises:
       UserError: flags that do not go together, or a mode that works on one process alone.
     """
-    seconds = {name: values[name].value for name in SECONDS}
-    named = hosts.peers(coordinator=values.coordinator, count=values.num_processes, index=values.process_id, **seconds)
-    if values.distributed == "off":
-        if named is not None:
-            raise UserError("--distributed=off: of no use with --coordinator")
-        return None
-    launcher = hosts.launcher() if named is None else None
+    peers = hosts.Peers(**{field.name: values[field.name].value for field in dataclasses.fields(hosts.Peers)})
+    named = peers.coordinator is not None
+    if values.distributed == "off" and named:
+        raise UserError("--distributed=off: of no use with --coordinator")
+    launcher = None if named or values.distributed == "off" else hosts.launcher()
     if launcher is None:
-        return named
+        return peers if named else None
     if values.mode not in OPTION_MODES["coordinator"]:
         raise UserError(
             f"--mode={values.mode} works on one process, and {launcher} started several; start it outside of the job, "
             "or with --distributed=off"
         )
-    return hosts.Peers(**seconds)
+    return peers
 
 
 def one_line(error: BaseException) -> str:
@@ -198,12 +196,14 @@ def run(values: Any, group: hosts.Group) -> None:
         group.connect(peers)
         _check_same_command(values, config)
     # Only now: importing jax takes seconds, and a mistake should show at once.
-    from bnn_jax.experiment.build import Run
+    from bnn_jax.experiment.build import make_experiment
+    from bnn_jax.experiment.folder import RunFolder
 
-    job = Run(config, Path(values.workdir or Path("runs") / config["name"]))
+    experiment = make_experiment(config)
+    folder = RunFolder(Path(values.workdir or Path("runs") / config["name"]), experiment.stages)
     train = functools.partial(_train, group=group)
     modes = {"train": train, "evaluate": _evaluate, "summary": _summary, "report": _report}
-    result = modes[values.mode](job, values)
+    result = modes[values.mode](experiment, folder, values)
     if values.json and hosts.is_first():
         print(json.dumps(result), flush=True)
 
@@ -214,25 +214,25 @@ def _check_same_command(values: Any, config: dict[str, Any]) -> None:
     hosts.same_everywhere("command", {**options, "config": flatten(config)})
 
 
-def _train(job: Any, values: Any, *, group: hosts.Group) -> dict[str, Any]:
+def _train(experiment: Any, folder: Any, values: Any, *, group: hosts.Group) -> dict[str, Any]:
     from bnn_jax.experiment.results import winners
     from bnn_jax.experiment.train import train
     from bnn_jax.report import tables
 
     if hosts.is_first():
-        tables.show(tables.stages_table(job.stages), file=sys.stderr)
-    result = {"stages": train(job, from_stage=values.stage, fresh=values.fresh, group=group)}
+        tables.show(tables.stages_table(experiment.stages), file=sys.stderr)
+    result = {"stages": train(experiment, folder, from_stage=values.stage, fresh=values.fresh, group=group)}
     if hosts.is_first():
         tables.show(tables.results_table(result["stages"]))
-        _show_winners(winners(job), result)
+        _show_winners(winners(folder), result)
     return result
 
 
-def _evaluate(job: Any, values: Any) -> dict[str, Any]:
+def _evaluate(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
     from bnn_jax.experiment.evaluate import evaluate
 
     checkpoint = Path(values.checkpoint) if values.checkpoint else None
-    result = evaluate(job, stage_name=values.stage, checkpoint=checkpoint)
+    result = evaluate(experiment, folder, stage_name=values.stage, checkpoint=checkpoint)
     if hosts.is_first():
         name = values.stage or result["stage"]
         for row in result.get("seeds", ()):
@@ -252,24 +252,24 @@ def _evaluated(result: dict[str, Any]) -> str:
     return f"top-1 {number('top1', 2)} %  top-5 {number('top5', 2)} %  loss {number('loss', 4)}"
 
 
-def _summary(job: Any, values: Any) -> dict[str, Any]:
+def _summary(experiment: Any, _: Any, values: Any) -> dict[str, Any]:
     from bnn_jax.experiment.summary import summary
     from bnn_jax.report import tables
 
-    name = values.stage or job.stages[-1].name
-    costs = summary(job, stage_name=name)
+    name = values.stage or experiment.stages[-1].name
+    costs = summary(experiment, stage_name=name)
     tables.show(tables.costs_table(costs))
     return {"stage": name, **costs.to_json()}
 
 
-def _report(job: Any, _: Any) -> dict[str, Any]:
+def _report(experiment: Any, folder: Any, _: Any) -> dict[str, Any]:
     from bnn_jax.experiment.report import report
     from bnn_jax.experiment.results import winners
     from bnn_jax.report import tables
 
-    result = report(job)
+    result = report(experiment, folder)
     tables.show(tables.results_table(result["stages"]))
-    _show_winners(winners(job), result)
+    _show_winners(winners(folder), result)
     for path in result["pictures"]:
         print(f"picture: {path}")
     return result

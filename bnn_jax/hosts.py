@@ -66,51 +66,44 @@ def count() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """How to join the other processes.
+    """How to join the other processes; the first three go together, and are None where jax finds out.
 
     Attributes:
-      coordinator: 'HOST:PORT' of the first process; None leaves it and the next two to jax.
-      count: number of processes; None if jax finds out.
-      index: number of this one, from 0; None if jax finds out.
+      coordinator: 'HOST:PORT' of the first process.
+      num_processes: number of processes.
+      process_id: number of this one, from 0.
       heartbeat_seconds: silence after which a process counts as lost.
       connect_seconds: how long to wait for the others at the start.
+
+    Raises:
+      UserError: one is missing, or has a value that cannot be.
     """
 
     coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
     heartbeat_seconds: int = 100
     connect_seconds: int = 300
 
-
-def peers(
-    *, coordinator: str | None, count: int | None, index: int | None, heartbeat_seconds: int, connect_seconds: int
-) -> Peers | None:
-    """Checks flags that name the other processes.
-
-    Returns:
-      The peers, or None if no flag names any.
-
-    Raises:
-      UserError: a flag is missing, or has a value that cannot be.
-    """
-    for name, value in (("heartbeat_seconds", heartbeat_seconds), ("connect_seconds", connect_seconds)):
-        if value < 1:
-            raise UserError(f"--{name}={value}: accepted are whole numbers from 1")
-    given = {"coordinator": coordinator, "num_processes": count, "process_id": index}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return None
-    if coordinator is None or count is None or index is None:
-        raise UserError(f"{', '.join(missing)}: missing; --coordinator, --num_processes and --process_id go together")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator={coordinator}: accepted is HOST:PORT of the first process, e.g. node1:55527")
-    if count < 1:
-        raise UserError(f"--num_processes={count}: accepted are whole numbers from 1")
-    if not 0 <= index < count:
-        raise UserError(f"--process_id={index}: accepted are 0 to {count - 1} with --num_processes={count}")
-    return Peers(coordinator, count, index, heartbeat_seconds, connect_seconds)
+    def __post_init__(self) -> None:
+        count, index = self.num_processes, self.process_id
+        for name in ("heartbeat_seconds", "connect_seconds", "num_processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}={value}: accepted are whole numbers from 1")
+        if self.coordinator is None and count is None and index is None:
+            return
+        if self.coordinator is None or count is None or index is None:
+            together = ("coordinator", "num_processes", "process_id")
+            missing = ", ".join(f"--{name}" for name in together if getattr(self, name) is None)
+            raise UserError(f"{missing}: missing; --coordinator, --num_processes and --process_id go together")
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError(
+                f"--coordinator={self.coordinator}: accepted is HOST:PORT of the first process, e.g. node1:55527"
+            )
+        if not 0 <= index < count:
+            raise UserError(f"--process_id={index}: accepted are 0 to {count - 1} with --num_processes={count}")
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -247,16 +240,17 @@ class Group:
         # Its handler would swallow a SIGTERM that comes before training; this library has one of its own.
         jax.config.update("jax_enable_preemption_service", False)
         where = peers.coordinator or "the coordinator that the launcher names"
+        own = "?" if peers.process_id is None else peers.process_id
         too_late = (
-            f"error: process {'?' if peers.index is None else peers.index}: not all processes met at {where} within "
-            f"{peers.connect_seconds} s; --connect_seconds says how long to wait"
+            f"error: process {own}: not all processes met at {where} within {peers.connect_seconds} s; "
+            "--connect_seconds says how long to wait"
         )
         self._at_abort(lambda: (2, too_late) if self.is_alone else (1, self._lost_message()))
         try:
             jax.distributed.initialize(
                 peers.coordinator,
-                peers.count,
-                peers.index,
+                peers.num_processes,
+                peers.process_id,
                 cluster_detection_method="deactivate" if peers.coordinator else None,
                 initialization_timeout=peers.connect_seconds,
                 heartbeat_timeout_seconds=peers.heartbeat_seconds,

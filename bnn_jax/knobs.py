@@ -32,3 +32,6 @@ REFINE_CODEBOOK = Knob(
     default=0.0,
     optional=True,
 )
+CLAMP_QUANTILE = Knob(
+    "clamp_quantile", "tau, the quantile that weights are clamped to for their gradient", default=0.99
+)

@@ -163,6 +163,15 @@ def decay_by_epoch(
     return _by_epoch([max(initial * rate ** (e // interval), floor) for e in range(epochs)], steps_per_epoch)
 
 
+def exponential_by_epoch(*, initial: float, final: float, steps_per_epoch: int, epochs: int) -> Schedule:
+    """Constant within an epoch: ``initial + (final - initial) * (exp(e / E) - 1) / (exp(1) - 1)`` in epoch e of E.
+
+    Reference: ReCU, Xu et al. 2021 (arXiv 2103.12369), section 5.2.
+    """
+    span = (final - initial) / math.expm1(1.0)
+    return _by_epoch([initial + span * math.expm1(e / epochs) for e in range(epochs)], steps_per_epoch)
+
+
 def error_decay_t(*, steps_per_epoch: int, epochs: int) -> Schedule:
     """Inverse width of the error decay estimator, ``t = 10**(-3 + 4 e / E)`` in epoch e of E.
 
@@ -190,6 +199,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear_by_epoch": linear_by_epoch,
     "every": every,
     "decay_by_epoch": decay_by_epoch,
+    "exponential_by_epoch": exponential_by_epoch,
     "error_decay_t": error_decay_t,
     "error_decay_k": error_decay_k,
 }

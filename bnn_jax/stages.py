@@ -142,6 +142,43 @@ class OptimSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inherit:
+    """What a stage takes over from saved variables before its first step.
+
+    Attributes:
+      source: 'stage:NAME', 'stage:NAME@best' or 'file:PATH'.
+      collections: which collections are copied ('params', 'batch_stats', 'quant_state').
+      may_be_new: regular expressions of paths ('params/...') that may be missing in the source and then keep their own
+        initial value.
+      recompute: regular expressions of paths ('quant_state/.*/mask') made anew from the copied variables.
+      realised_base: whether the weights in use at the end of the source become the fixed weights
+        ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
+    """
+
+    source: str
+    collections: tuple[str, ...] = ("params",)
+    may_be_new: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
+    realised_base: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The network whose outputs an objective compares with.
+
+    Attributes:
+      source: where its variables come from: 'stage:NAME', 'stage:NAME@best' or 'file:PATH'.
+      network: network of the variables in a file; None: the stage's own network with its quantizers. A stage brings
+        its own network.
+      quant: quantizers of ``network``.
+    """
+
+    source: str
+    network: Spec | None = None
+    quant: QuantSpec = QuantSpec()
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One training run of the chain.
 
@@ -153,27 +190,19 @@ class Stage:
       objectives: loss terms; the loss is their sum.
       optim: optimiser, schedule, epochs.
       knobs: (name, schedule) pairs evaluated at every step and handed to the quantizers and objectives.
-      init_from: where the initial variables come from: 'stage:NAME', 'stage:NAME@best', 'file:PATH' or None.
-      transfer: collections copied from there ('params', 'batch_stats', 'quant_state').
-      may_be_new: regular expressions of paths ('params/...') that may be missing there and keep their own initial
-        value.
-      recompute: regular expressions of paths ('quant_state/.*/mask') made anew from the copied parameters.
-      teacher: where the teacher's variables and network come from (as init_from), or None.
+      inherit: what is taken over from another stage or a file, or None.
+      teacher: the teacher that an objective needs, or None.
       seed: seed of data order, augmentation and random draws.
       init_seed: seed of the initial variables (and so of pruning masks drawn from them).
       bits: nominal bits per weight, for tables only.
       compute_dtype: 'float32' or 'bfloat16' (convolutions of integer codes only).
       log_gradient_norms: whether the gradient norm of every objective is recorded; costs one backward pass for each.
       projections: changes made to parameters and state in every training step, between gradient and optimiser.
-      teacher_network: network of a teacher that is a file ('file:PATH'); None: this stage's own
-        network with its quantizers.
-      kind: 'train', or 'search': looks for the best choices of the supernet of ``init_from`` and trains nothing, so
+      kind: 'train', or 'search': looks for the best choices of the supernet that it inherits and trains nothing, so
         that objectives and optim say nothing but the batch size.
       choice: branches of a supernet: 'uniform' draws them anew in every step, 'search:NAME#I' takes the winner of fold
         I of a search; None for networks without branches.
       search: what a stage of kind 'search' does, with the folds of its images.
-      realised_base: whether the weights in use at the end of ``init_from`` become the fixed weights
-        ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
       remat: whether the backward pass computes the inside of every block a second time instead of keeping it, which
         needs less memory.
       log_train_top5: whether top-5 accuracy is recorded in training too.
@@ -186,25 +215,29 @@ class Stage:
     objectives: tuple[Spec, ...]
     optim: OptimSpec
     knobs: tuple[tuple[str, Spec], ...] = ()
-    init_from: str | None = None
-    transfer: tuple[str, ...] = ("params",)
-    may_be_new: tuple[str, ...] = ()
-    recompute: tuple[str, ...] = ()
-    teacher: str | None = None
+    inherit: Inherit | None = None
+    teacher: Teacher | None = None
     seed: int = 0
     init_seed: int = 0
     bits: float = 32.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     log_gradient_norms: bool = False
     projections: tuple[Spec, ...] = ()
-    teacher_network: Spec | None = None
-    teacher_quant: QuantSpec | None = None
     kind: Literal["train", "search"] = "train"
     choice: str | None = None
     search: Spec | None = None
-    realised_base: bool = False
     log_train_top5: bool = False
     remat: bool = False
+
+    @property
+    def trains_winner(self) -> bool:
+        """Whether it trains one path of a supernet, the one that a search found."""
+        return self.choice not in (None, "uniform")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """References to the saved variables that the stage starts from or is taught by."""
+        return tuple(record.source for record in (self.inherit, self.teacher) if record is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +304,10 @@ def fingerprint(stage: Stage, stages: tuple[Stage, ...]) -> str:
     """
     by_name = {other.name: other for other in stages}
     content: dict[str, Any] = {"stage": to_json(stage)}
-    for field in ("init_from", "teacher"):
-        reference = getattr(stage, field)
-        if reference and reference.startswith("stage:"):
-            content[field] = fingerprint(by_name[parse_reference(reference).target], stages)
-    if stage.choice not in (None, "uniform"):
+    for source in stage.sources:
+        if (reference := parse_reference(source)).kind == "stage":
+            content[source] = fingerprint(by_name[reference.target], stages)
+    if stage.choice is not None and stage.trains_winner:
         content["choice"] = fingerprint(by_name[parse_choice(stage.choice)[0]], stages)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

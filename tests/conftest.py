@@ -1,21 +1,39 @@
 """Set-up of every test: JAX on the CPU, a persistent compilation cache, and the folder of the golden files."""
 
+import hashlib
 import os
 import pathlib
+import platform
 import sys
+from collections.abc import Generator
 
 import pytest
 
 TESTS_RUN = pytest.StashKey[int]()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bnn_jax" / "xla"
+# Most of their time is compiling; without optimisation it takes a third.
+WHOLE_RUNS = ROOT / "tests" / "integration"
+OPTIMIZATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+OPTIMIZATION_CHOSEN = OPTIMIZATION in os.environ
+
+
+def cache_folder() -> pathlib.Path:
+    """Where compiled programs are kept for the next session, of this processor alone; jax knows versions and flags."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    processor = hashlib.sha256("\n".join([platform.platform(), *sorted(features)]).encode()).hexdigest()[:12]
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home / "bnn_jax" / f"xla-{processor}"
+
 
 # Environment variables rather than jax.config: collecting tests then needs no import of jax, and programs the tests
 # start (launch.py) run under the same settings. A value that is already set wins.
 for name, value in {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_COMPILATION_CACHE_DIR": str(cache_folder()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     # An array with fewer axes than its partner is a mistake more often than an intention.
     "JAX_NUMPY_RANK_PROMOTION": "raise",
 }.items():
@@ -25,6 +43,19 @@ for name, value in {
 # jax keeps the last 8192 programs of a process and stops counting when they are that many (`_cache_size` is then 0, and
 # calls take a longer way). The tests need about four each.
 TESTS_BETWEEN_CLEARINGS = 500
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Compiles as users do, but quickly where whole runs are compared with each other."""
+    quick = "true" if WHOLE_RUNS in item.path.parents else "false"
+    if os.environ.get(OPTIMIZATION) != quick and not OPTIMIZATION_CHOSEN:
+        # Processes that the test starts read the variable.
+        os.environ[OPTIMIZATION] = quick
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update("jax_disable_most_optimizations", quick == "true")
+            sys.modules["jax"].clear_caches()
+    return (yield)
 
 
 @pytest.hookimpl(trylast=True)

@@ -8,12 +8,11 @@ import dataclasses
 import functools
 import importlib
 import io
-from pathlib import Path
 
 import pytest
 
 from bnn_jax import data, networks
-from bnn_jax.experiment.build import Run
+from bnn_jax.experiment.build import build_network, make_experiment
 from bnn_jax.experiment.config import validate
 from bnn_jax.experiment.summary import summary
 from bnn_jax.networks import NETWORKS
@@ -168,16 +167,16 @@ EXPECTED_OF_CONFIGS: dict[str, tuple[str, Costs]] = {
 }
 
 
-def of_stage(run: Run, stage: Stage) -> Complexity:
+def of_stage(stage: Stage) -> Complexity:
     image_shape, num_classes = data.describe(stage.data)
-    return complexity(run.network(stage, num_classes=num_classes), image_shape)
+    return complexity(build_network(stage, num_classes), image_shape)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_last_stage_of_config(name: str) -> None:
     assert name in EXPECTED_OF_CONFIGS, f"add the costs of configs/{name}.py to EXPECTED_OF_CONFIGS of {__file__}"
     run = run_of(name)
-    found = (run.stages[-1].name, costs_of(of_stage(run, run.stages[-1]).total))
+    found = (run.stages[-1].name, costs_of(of_stage(run.stages[-1]).total))
     assert found == EXPECTED_OF_CONFIGS[name]
 
 
@@ -187,7 +186,7 @@ def test_no_row_is_of_a_config_that_is_gone() -> None:
 
 def test_the_rungs_of_a_chain_cost_their_bits() -> None:
     run = run_of("asbq_resnet20")
-    totals = {stage.name: of_stage(run, stage).total for stage in run.stages}
+    totals = {stage.name: of_stage(stage).total for stage in run.stages}
     # 36,864 and so on times the bits of the weights, and 40,108,032 times both.
     assert {name: (total.quantized_bits, total.bit_operations) for name, total in totals.items()} == {
         "w32a32": (0, 0),
@@ -213,7 +212,7 @@ def test_the_rungs_of_a_chain_cost_their_bits() -> None:
 def test_published_sizes_and_costs_of_snn(tau: int, size: str, bit_operations: float, codebook_bits: int) -> None:
     config = importlib.import_module("configs.snn_resnet18").get_config()
     config.snn.tau = tau
-    run = Run(validate(config.to_dict()), Path("unused"))
+    run = make_experiment(validate(config.to_dict()))
     total = summary(run).total
     assert total.quantized_bits == tau * 1_220_608
     assert tables.format_si(total.quantized_bits, "bit", digits=4) == size

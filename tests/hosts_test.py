@@ -1,22 +1,12 @@
 """Processes find each other, decide together, and end together whatever happens to one of them."""
 
 import signal
-import socket
 
 import pytest
 
 from bnn_jax import hosts
 from bnn_jax.errors import UserError
-from tests.integration.launching import Finished, start
-
-SECONDS = {"heartbeat_seconds": 100, "connect_seconds": 300}
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from tests.integration.launching import Finished, free_port, start
 
 
 def run(*deeds: str, only: int | None = None, connect_seconds: int = 60) -> list[Finished]:
@@ -35,36 +25,24 @@ def run(*deeds: str, only: int | None = None, connect_seconds: int = 60) -> list
 # ---- flags
 
 
-def peers(coordinator: str | None = None, count: int | None = None, index: int | None = None, **seconds: int):
-    return hosts.peers(coordinator=coordinator, count=count, index=index, **{**SECONDS, **seconds})
-
-
-def test_without_flags_there_are_no_peers():
-    assert peers() is None
-
-
-def test_the_flags_name_the_peers():
-    assert peers("node1:55527", 4, 3) == hosts.Peers("node1:55527", 4, 3, 100, 300)
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"coordinator": "a:1"}, "--num_processes, --process_id: missing"),
-        ({"count": 2, "index": 0}, "--coordinator: missing"),
-        ({"coordinator": "a", "count": 2, "index": 0}, "--coordinator=a: accepted is HOST:PORT"),
-        ({"coordinator": "a:b", "count": 2, "index": 0}, "--coordinator=a:b: accepted is HOST:PORT"),
-        ({"coordinator": "a:70000", "count": 2, "index": 0}, "--coordinator=a:70000: accepted is HOST:PORT"),
-        ({"coordinator": "a:1", "count": 0, "index": 0}, "--num_processes=0: accepted are whole numbers from 1"),
-        ({"coordinator": "a:1", "count": 2, "index": 2}, "--process_id=2: accepted are 0 to 1 with --num_processes=2"),
-        ({"coordinator": "a:1", "count": 2, "index": -1}, "--process_id=-1: accepted are 0 to 1"),
-        ({"heartbeat_seconds": 0}, "--heartbeat_seconds=0: accepted are whole numbers from 1"),
-        ({"connect_seconds": 0}, "--connect_seconds=0: accepted are whole numbers from 1"),
+        (("a:1",), "--num_processes, --process_id: missing"),
+        ((None, 2, 0), "--coordinator: missing"),
+        (("a", 2, 0), "--coordinator=a: accepted is HOST:PORT"),
+        (("a:b", 2, 0), "--coordinator=a:b: accepted is HOST:PORT"),
+        (("a:70000", 2, 0), "--coordinator=a:70000: accepted is HOST:PORT"),
+        (("a:1", 0, 0), "--num_processes=0: accepted are whole numbers from 1"),
+        (("a:1", 2, 2), "--process_id=2: accepted are 0 to 1 with --num_processes=2"),
+        (("a:1", 2, -1), "--process_id=-1: accepted are 0 to 1"),
+        ((None, None, None, 0), "--heartbeat_seconds=0: accepted are whole numbers from 1"),
+        ((None, None, None, 100, 0), "--connect_seconds=0: accepted are whole numbers from 1"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(values, message):
     with pytest.raises(UserError) as refused:
-        peers(**values)
+        hosts.Peers(*values)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 

@@ -18,6 +18,7 @@ LAYERS = {
     "stages": 0,
     "knobs": 0,
     "keys": 1,
+    "files": 1,
     "hosts": 1,
     "restricted_pickle": 1,
     "schedules": 1,
@@ -42,11 +43,12 @@ ONLY = {
     "stages": set(),
     "knobs": set(),
     "keys": {"errors"},
+    "files": set(),
     "hosts": {"errors"},
     "schedules": {"stages"},
     "ops": set(),
     "methods": {"stages", "errors", "keys", "knobs"},
-    "data": {"stages", "errors", "restricted_pickle"},
+    "data": {"stages", "errors", "files", "restricted_pickle"},
 }
 # What it may import from elsewhere besides the standard library, where that is restricted.
 OUTSIDE = {
@@ -54,6 +56,7 @@ OUTSIDE = {
     "stages": set(),
     "knobs": set(),
     "keys": set(),
+    "files": set(),
     "hosts": {"jax", "numpy"},
     "restricted_pickle": {"numpy"},
     "schedules": {"jax"},

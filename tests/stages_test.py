@@ -5,12 +5,14 @@ import pytest
 
 from bnn_jax.stages import (
     DataSpec,
+    Inherit,
     OptimSpec,
     ParameterGroup,
     QuantSpec,
     Reference,
     Spec,
     Stage,
+    Teacher,
     differing_keys,
     fingerprint,
     parse_choice,
@@ -29,7 +31,7 @@ def stage(name: str, **options) -> Stage:
 
 
 FIRST = stage("w32a32")
-SECOND = stage("w1a1", init_from="stage:w32a32@best", teacher="stage:w32a32")
+SECOND = stage("w1a1", inherit=Inherit("stage:w32a32@best"), teacher=Teacher("stage:w32a32"))
 
 
 def test_equal_choices_compare_and_hash_equal_whatever_the_order_of_their_options():
@@ -81,7 +83,8 @@ def test_equal_stages_have_equal_fingerprints():
         {"optim": dataclasses.replace(OPTIM, epochs=3)},
         {"data": DataSpec("digits", num_train=5)},
         {"projections": (spec("refill_codebooks"),)},
-        {"teacher_network": spec("resnet8")},
+        {"teacher": Teacher("file:net.pth")},
+        {"inherit": Inherit("file:net.pth")},
         {"optim": dataclasses.replace(OPTIM, groups=(ParameterGroup(".*", gradient_knob="refine"),))},
         {"optim": dataclasses.replace(OPTIM, groups=(ParameterGroup(".*", without_gradient="skip"),))},
     ],
@@ -100,7 +103,7 @@ def test_every_field_of_a_stage_is_written_out_whether_it_has_its_default_or_not
     value = to_json(used)
     assert set(value) == {field.name for field in dataclasses.fields(used)}
     assert value["projections"] == [{"name": "refill", "limit": 3.0}]
-    assert value["teacher_network"] is None
+    assert value["inherit"] is None
     (written,) = value["optim"]["groups"]
     assert (written["gradient_knob"], written["without_gradient"]) == (None, "skip")
 

@@ -63,10 +63,8 @@ SOURCES: dict[str, SourceEntry] = {
         for name, known in tfds.TFDS_SETS.items()
     },
     "folder": SourceEntry(folder.load, ((224, 224, 3), None), {"image_size": 224}, streamed=True),
-    "digits": SourceEntry(memory.digits, options={"image_size": 16, "seed": 0}),
-    "synthetic": SourceEntry(
-        memory.synthetic, options={"image_size": 32, "num_classes": 10, "num_train": 512, "num_test": 256, "seed": 0}
-    ),
+    "digits": SourceEntry(memory.digits, options={"image_size": 16}),
+    "synthetic": SourceEntry(memory.synthetic, options={"image_size": 32, "num_classes": 10}),
 }
 
 

@@ -134,7 +134,7 @@ def crop_and_flip(
     columns = jnp.where(flips[:, None], columns[:, ::-1], columns)
     columns = columns + offsets[:, 1:] - pad
     rows = jnp.arange(height)[None, :] + offsets[:, :1] - pad
-    inside = _inside(rows, height)[:, :, None] & _inside(columns, width)[:, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     # A batched gather (vmap) rather than one over (image, row, column): it stays local to each device's images.
     cropped = jax.vmap(lambda image, row, column: image[row[:, None], column[None, :]])(
         images, jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
@@ -142,10 +142,6 @@ def crop_and_flip(
     if repeat_edge:
         return cropped
     return jnp.where(inside[..., None], cropped, jnp.zeros((), images.dtype))
-
-
-def _inside(indices: jax.Array, size: int) -> jax.Array:
-    return (indices >= 0) & (indices < size)
 
 
 def change_light(images: jax.Array, draws: jax.Array, *, in_pixel_units: bool) -> jax.Array:
@@ -227,23 +223,6 @@ def _largest_central_box(height: int, width: int) -> Box:
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def evaluation_side(size: int) -> int:
-    """What the shorter side is resized to before the centre of ``size`` pixels is cropped: 256 for 224."""
-    return round(size * EVALUATION_MARGIN)
-
-
-def shorter_side_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) after the shorter side is resized to ``side``; the longer one is cut off to an integer."""
-    if height <= width:
-        return side, int(side * width / height)
-    return int(side * height / width), side
-
-
-def central_box(height: int, width: int, size: int) -> Box:
-    """The central square of ``size`` pixels; half a pixel goes to the even offset, as Python rounds."""
-    return Box(round((height - size) / 2.0), round((width - size) / 2.0), size, size)
-
-
 @functools.cache
 def picture_formats() -> dict[str, list[str]]:
     """The formats that are decoded, each with the ends of its files' names: all that Pillow opens by itself."""
@@ -268,20 +247,23 @@ def decode(content: bytes) -> Any:
 
 
 def resize_shorter_side(image: Any, side: int) -> Any:
-    """A Pillow image with its shorter side resized to ``side``, antialiased; the same image if it has that side."""
+    """A Pillow image with its shorter side resized to ``side``, antialiased; the same image if it has that side.
+
+    The longer side is cut off to an integer.
+    """
     from PIL import Image
 
-    height, width = shorter_side_size(image.height, image.width, side)
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    width, height = image.size
+    size = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
 def evaluation_image(content: bytes, size: int) -> np.ndarray:
-    """The picture as it is evaluated: uint8 (size, size, 3)."""
-    image = resize_shorter_side(decode(content), evaluation_side(size))
-    top, left, height, width = central_box(image.height, image.width, size)
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    """The picture as it is evaluated: uint8 (size, size, 3), the centre of the resized one (224 of 256)."""
+    image = resize_shorter_side(decode(content), round(size * EVALUATION_MARGIN))
+    # Half a pixel goes to the even offset, as Python rounds.
+    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def training_image(content: bytes, size: int, bits: np.ndarray, *, decoder: str) -> np.ndarray:
@@ -296,12 +278,10 @@ def training_image(content: bytes, size: int, bits: np.ndarray, *, decoder: str)
     Returns:
       uint8 (size, size, 3).
     """
-    return (_train_with_opencv if decoder == "opencv" else _train_with_pillow)(content, size, bits)
-
-
-def _train_with_pillow(content: bytes, size: int, bits: np.ndarray) -> np.ndarray:
     from PIL import Image
 
+    if decoder == "opencv":
+        return _train_with_opencv(content, size, bits)
     image = decode(content)
     top, left, height, width = random_resized_crop_box(image.height, image.width, bits)
     part = image.crop((left, top, left + width, top + height))

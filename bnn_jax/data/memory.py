@@ -13,6 +13,7 @@ from bnn_jax.stages import DataSpec
 
 NUM_DIGITS_TEST = 360  # a fifth of the 1,797 images
 
+NUM_SYNTHETIC = {"num_train": 512, "num_eval": 256}
 PATTERN_SIZE = 8  # cells of a synthetic pattern per side
 PATTERN_RANGE = 128  # cells lie in 64 to 191
 NOISE_RANGE = 128  # an image's noise lies in -64 to 63, so that no pixel is clipped
@@ -141,23 +142,15 @@ def streamed_source(spec: DataSpec, train: Records, test: Records, *, num_classe
     return ImageSource(spec.name, num_classes, splits[0], splits[1], IMAGENET_MEAN, IMAGENET_STD)
 
 
-def digits(spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: int, seed: int) -> ImageSource:
+def digits(spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: int) -> ImageSource:
     """Scikit-learn's 1,797 digits of 8x8 pixels, which need no file: gray in three channels, enlarged bilinearly.
 
     They let the whole pipeline be tried anywhere; results on them say nothing about the published data sets. 1,437 are
-    for training; classes keep their shares in both splits. A digit's mirror image is no digit: prefer
-    ``augment='pad_crop'``.
-
-    Args:
-      spec: how many images are asked for.
-      data_dir: not used.
-      progress: not used.
-      image_size: side of the images in pixels, at least 8.
-      seed: seed of the training and test split and of the stored order; not the seed of the training run, so that
-        runs with different seeds are evaluated on the same images.
+    for training, the same ones whatever the seed of a run; classes keep their shares in both splits. A digit's mirror
+    image is no digit: prefer ``augment='pad_crop'``.
 
     Raises:
-      DataError: an option is out of range.
+      DataError: the side ``image_size`` is below 8 pixels, or a number of images out of range.
     """
     from sklearn.datasets import load_digits
 
@@ -167,8 +160,8 @@ def digits(spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: 
     bunch = load_digits()
     images = np.stack([_enlarge(image, image_size) for image in bunch.images])
     labels = bunch.target.astype(np.int32)
-    is_test = stratified_choice(labels, count=NUM_DIGITS_TEST, seed=seed, purpose=Purpose.TEST_SPLIT)
-    order = permutation(seed, 1, purpose=Purpose.TEST_SPLIT, size=len(labels))
+    is_test = stratified_choice(labels, count=NUM_DIGITS_TEST, seed=0, purpose=Purpose.TEST_SPLIT)
+    order = permutation(0, 1, purpose=Purpose.TEST_SPLIT, size=len(labels))
     train, test = order[~is_test[order]], order[is_test[order]]
     pixels = images[train] / 255.0
     # To four digits, as published constants are.
@@ -191,74 +184,50 @@ def _enlarge(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def synthetic(
-    spec: DataSpec,
-    data_dir: str | None,
-    *,
-    progress: bool,
-    image_size: int,
-    num_classes: int,
-    num_train: int,
-    num_test: int,
-    seed: int,
+    spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: int, num_classes: int
 ) -> ImageSource:
     """Generated images: they stand in for a data set that is not at hand, the same on every machine.
 
     Each class is a coarse random colour pattern; an image is its class's pattern plus noise. A small network learns
-    them in a few steps. An image depends on its own position only, so fewer images are the first of more images.
-
-    Args:
-      spec: how many images are asked for.
-      data_dir: not used.
-      progress: not used.
-      image_size: side of the images in pixels.
-      num_classes: number of classes; every run of ``num_classes`` images holds each class once.
-      num_train: number of training images that exist.
-      num_test: number of test images that exist.
-      seed: seed of patterns, labels and noise; not the seed of the training run.
+    them in a few steps. Every run of ``num_classes`` images holds each class once. An image depends on its own position
+    only, so fewer images are the first of more images.
 
     Raises:
-      DataError: an option is out of range.
+      DataError: the side ``image_size``, ``num_classes`` or a number of images is below 1.
     """
     del data_dir, progress
-    options = {"image_size": image_size, "num_classes": num_classes, "num_train": num_train, "num_test": num_test}
-    for key, value in options.items():
+    counts = {"num_train": spec.num_train, "num_eval": spec.num_eval}
+    num_train, num_eval = (NUM_SYNTHETIC[key] if value is None else value for key, value in counts.items())
+    sizes = {"image_size": image_size, "num_classes": num_classes, "num_train": num_train, "num_eval": num_eval}
+    for key, value in sizes.items():
         if value < 1:
             raise DataError(f"config.data.{key}={value}: accepted is 1 or more for synthetic")
-    num_train = limit("synthetic train", "num_train", asked=spec.num_train, available=num_train)
-    num_eval = limit("synthetic test", "num_eval", asked=spec.num_eval, available=num_test)
     shape = (num_classes, PATTERN_SIZE, PATTERN_SIZE, 3)
-    patterns = _random_bytes(seed, 0, purpose=Purpose.PATTERN, shape=shape) % PATTERN_RANGE + (256 - PATTERN_RANGE) // 2
-    train = _generate(patterns, num_train, image_size=image_size, seed=seed, first_stream=0)
-    test = _generate(patterns, num_eval, image_size=image_size, seed=seed, first_stream=2**32)
+    patterns = _random_bytes(0, purpose=Purpose.PATTERN, shape=shape) % PATTERN_RANGE + (256 - PATTERN_RANGE) // 2
+    train = _generate(patterns, num_train, image_size=image_size, first_stream=0)
+    test = _generate(patterns, num_eval, image_size=image_size, first_stream=2**32)
     # Uniform pattern and uniform noise, each 128 levels wide: standard deviation sqrt(2) * 128 / sqrt(12) / 255.
     return ImageSource(spec.name, num_classes, train, test, (0.5, 0.5, 0.5), (0.205, 0.205, 0.205))
 
 
-def _generate(patterns: np.ndarray, count: int, *, image_size: int, seed: int, first_stream: int) -> Split:
+def _generate(patterns: np.ndarray, count: int, *, image_size: int, first_stream: int) -> Split:
     """``count`` images of the patterns (classes, cells, cells, 3) with noise from streams ``first_stream`` onwards."""
-    labels = _labels(count, len(patterns), seed=seed, first_stream=first_stream)
+    num_classes = len(patterns)
+    # One random permutation of the classes after another.
+    rounds = range(first_stream + 1, first_stream + 1 - (-count // num_classes))
+    labels = np.concatenate([permutation(0, r, purpose=Purpose.PATTERN, size=num_classes) for r in rounds])[:count]
     cell = np.arange(image_size) * PATTERN_SIZE // image_size
     images = np.empty((count, image_size, image_size, 3), np.uint8)
     for start in range(0, count, CHUNK):
         chunk = images[start : start + CHUNK]
-        stream = first_stream + start // CHUNK
-        noise = _random_bytes(seed, stream, purpose=Purpose.NOISE, shape=chunk.shape) % NOISE_RANGE
+        noise = _random_bytes(first_stream + start // CHUNK, purpose=Purpose.NOISE, shape=chunk.shape) % NOISE_RANGE
         # Modulo 256 this is pattern + noise - 64, which lies in 0 to 254.
         chunk[:] = patterns[labels[start : start + CHUNK]][:, cell][:, :, cell] + (noise - np.uint8(NOISE_RANGE // 2))
     return Split(images, labels)
 
 
-def _labels(count: int, num_classes: int, *, seed: int, first_stream: int) -> np.ndarray:
-    """Labels int32 (count,): one random permutation of the classes after another."""
-    rounds = -(-count // num_classes)
-    rows = [
-        permutation(seed, first_stream + r, purpose=Purpose.PATTERN, size=num_classes) for r in range(1, rounds + 1)
-    ]
-    return np.concatenate(rows)[:count]
-
-
-def _random_bytes(seed: int, stream: int, *, purpose: Purpose, shape: tuple[int, ...]) -> np.ndarray:
+def _random_bytes(stream: int, *, purpose: Purpose, shape: tuple[int, ...]) -> np.ndarray:
     """Uniform uint8 of a shape; little-endian order is fixed so that every machine gives the same."""
     size = int(np.prod(shape))
-    bits = random_bits(seed, stream, purpose=purpose, count=-(-size // 8))
+    bits = random_bits(0, stream, purpose=purpose, count=-(-size // 8))
     return bits.astype("<u8").view(np.uint8)[:size].reshape(shape)

@@ -48,7 +48,9 @@ GENERAL: Section = {
 
 DATA: Section = {
     "name": Key("cifar10", "data set", table="bnn_jax.data.SOURCES"),
-    "data_dir": Key(None, "folder of prepared data; None: TFDS_DATA_DIR or TFDS's own", kind=str, may_change=True),
+    "data_dir": Key(
+        None, "folder of prepared data, or of images; None: TFDS_DATA_DIR or TFDS's own", kind=str, may_change=True
+    ),
     "num_train": Key(None, "training images used; None: all", POSITIVE, kind=int),
     "num_eval": Key(None, "test images used; None: all", POSITIVE, kind=int),
     "validation_fraction": Key(
@@ -63,7 +65,9 @@ DATA: Section = {
     "workers": Key(0, "processes that read such images; 0: threads of this process", NOT_NEGATIVE, may_change=True),
     "normalize": Key(True, "whether the channels are normalised; else pixels stay in [0, 1]"),
     "lighting": Key("none", "random change of light in training", ("none", "release", "paper")),
-    "image_size": Key(None, "pixels, for generated or embedded images only", POSITIVE, kind=int),
+    "image_size": Key(
+        None, "side in pixels, for ImageNet, a folder of images, generated and embedded images", POSITIVE, kind=int
+    ),
     "num_classes": Key(None, "number of classes, for generated images only", at_least(2), kind=int),
 }
 

@@ -1,28 +1,33 @@
 """Accuracy of a stage, or of a checkpoint, on the test images."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 from bnn_jax import hosts
+from bnn_jax.data.augment import prepare_eval
+from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import UserError
-from bnn_jax.experiment import folder as run_folder
-from bnn_jax.experiment.build import (
-    Run,
-    load_checkpoint,
-    make_evaluator,
-)
-from bnn_jax.experiment.check import check_seeds, network_of
-from bnn_jax.stages import Stage
-from bnn_jax.training import seeds
-from bnn_jax.training.devices import all_devices
+from bnn_jax.experiment import folder as files
+from bnn_jax.experiment.build import Experiment, described_network, of_seed, seeds_of
+from bnn_jax.experiment.check import check_seeds
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.experiment.load import SavedVariables, load_checkpoint, load_images
+from bnn_jax.experiment.search import folds_of, searched_split
+from bnn_jax.stages import DataSpec, Stage, parse_choice
+from bnn_jax.training.devices import Devices, all_devices
+from bnn_jax.training.evaluate import Evaluator
 
 
-def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    experiment: Experiment, folder: RunFolder, *, stage_name: str | None = None, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """Accuracy on the test images of a checkpoint, or of a stage of the run.
 
     Args:
-      run: the run; its folder is not looked at when ``checkpoint`` is given.
+      experiment: the experiment.
+      folder: its run folder; not looked at when ``checkpoint`` is given.
       stage_name: 'w4a4' or 'w4a4@best'; None is the last stage (with a checkpoint) or the last finished one.
       checkpoint: file of one network's variables, or folder of saved ones, of as many seeds as the config says.
 
@@ -36,40 +41,77 @@ def evaluate(run: Run, *, stage_name: str | None = None, checkpoint: Path | None
     name, _, which = (stage_name or "").partition("@")
     if which not in ("", "last", "best"):
         raise UserError(f"--stage={stage_name}: accepted behind the @ are last, best")
-    if checkpoint is not None:
-        stage = run.find(name) if name else run.stages[-1]
-    else:
-        run_folder.check_owner(run.folder, run.config, run.stages)
-        stage = run.find(name or hosts.from_first("last stage", lambda: _last_finished(run).name))
+    if checkpoint is None:
+        files.check_owner(folder.path, experiment.config, experiment.stages)
+        name = name or hosts.from_first("last stage", lambda: _last_finished(experiment, folder))
+    stage = experiment.find(name) if name else experiment.stages[-1]
     if stage.kind == "search":
         raise UserError(
             f"--stage={stage.name}: it searches and trains nothing to evaluate; its results are in --mode=report"
         )
-    if run.num_seeds > 1:
-        check_seeds(run)
+    check_seeds(experiment)
     if checkpoint is not None and checkpoint.is_file():
-        run = run.alone(0)
+        experiment = of_seed(experiment, 0)
     # The variables are read before the images: a wrong checkpoint shows at once.
-    network, shapes = network_of(run, stage)
+    (network, shapes), seeds = described_network(experiment, stage), seeds_of(experiment, stage)
     if checkpoint is not None:
-        variables, path = load_checkpoint(checkpoint, seeds.stack_shapes(shapes, run.num_seeds)), checkpoint
+        variables, path = load_checkpoint(checkpoint, seeds.shapes(shapes)), checkpoint
     else:
-        variables = run.load_variables(f"stage:{stage.name}@{which or 'last'}", shapes)
-        path = run.checkpoints(stage)
-    devices = all_devices()
-    evaluator = make_evaluator(run, stage, network, run.load_data(only_test(stage)), devices, only_test=True)
+        saved, path = SavedVariables(experiment, folder), folder.checkpoints(stage.name)
+        variables = saved.load(f"stage:{stage.name}@{which or 'last'}", shapes, seeds)
+    devices, source = all_devices(), load_images(experiment.config, only_test(stage.data))
+    evaluator = make_evaluator(experiment, folder, stage, network, source, devices, only_test=True)
     result = evaluator(devices.replicate(variables), "test")
     assert result is not None  # only asked to stop could it be
     return {**result, "stage": stage.name, "checkpoint": str(path)}
 
 
-def _last_finished(run: Run) -> Stage:
-    for stage in reversed(run.stages):
-        if stage.kind == "train" and run_folder.read_result(run.stage_folder(stage)) is not None:
-            return stage
-    raise UserError(f"{run.folder}: no finished stage to evaluate; train first, or give --checkpoint")
+def _last_finished(experiment: Experiment, folder: RunFolder) -> str:
+    for stage in reversed(experiment.stages):
+        if stage.kind == "train" and folder.result(stage.name) is not None:
+            return stage.name
+    raise UserError(f"{folder.path}: no finished stage to evaluate; train first, or give --checkpoint")
 
 
-def only_test(stage: Stage) -> Stage:
-    """The stage with one training image: evaluation needs none, and decoding them all takes most of the time."""
-    return dataclasses.replace(stage, data=dataclasses.replace(stage.data, num_train=1, validation_fraction=0.0))
+def only_test(spec: DataSpec) -> DataSpec:
+    """The data with one training image: evaluation needs none, and decoding them all takes most of the time."""
+    return dataclasses.replace(spec, num_train=1, validation_fraction=0.0)
+
+
+def evaluated_choice(stage: Stage, network: Any, folder: RunFolder) -> tuple[int, ...] | None:
+    """Branches a stage's network is evaluated with: the winner, or the middle ones of a supernet; None without."""
+    if getattr(network, "branches", 1) == 1:
+        return None
+    if stage.choice is None or not stage.trains_winner:
+        return (network.branches // 2,) * len(network.branch_patterns)
+    return tuple(folder.winner(stage.choice)["path"])
+
+
+def make_evaluator(
+    experiment: Experiment,
+    folder: RunFolder,
+    stage: Stage,
+    network: Any,
+    source: ImageSource,
+    devices: Devices,
+    *,
+    only_test: bool = False,
+) -> Evaluator:
+    """Evaluates on 'test', where the source has one on 'validation', and a fold's winner on 'others', outside of it."""
+    splits = {"test": source.test}
+    if source.validation is not None and not only_test:
+        splits["validation"] = source.validation
+    if stage.choice is not None and stage.trains_winner and not only_test:
+        name, fold = parse_choice(stage.choice)
+        search = experiment.find(name)
+        splits["others"] = searched_split(search, source).take(folds_of(search, source).others(fold))
+    return Evaluator(
+        network,
+        prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
+        splits=splits,
+        batch_size=experiment.config["train"]["eval_batch_size"],
+        devices=devices,
+        workers=experiment.config["data"]["workers"],
+        choice=evaluated_choice(stage, network, folder),
+        seeds=seeds_of(experiment, stage),
+    )

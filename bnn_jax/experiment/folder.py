@@ -7,11 +7,11 @@ way is moved aside to ``<name>.old-<N>``. Of several processes the first one wri
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import bnn_jax
-from bnn_jax import hosts
-from bnn_jax.errors import UserError
+from bnn_jax import files, hosts
+from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.experiment.config import LOCATION_KEYS, flatten
-from bnn_jax.stages import Stage, differing_keys, to_json
+from bnn_jax.stages import Stage, differing_keys, parse_choice, to_json
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 MOST_KEYS_SHOWN = 5
@@ -33,18 +33,73 @@ CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.js
 METRICS_TABLE, WEIGHTS = "metrics.csv", "weights.npz"
 
 
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run lie.
+
+    Attributes:
+      path: the folder.
+      stages: the chain.
+    """
+
+    path: Path
+    stages: tuple[Stage, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages, in their order."""
+        return [stage.name for stage in self.stages]
+
+    def stage(self, name: str) -> Path:
+        """'<run folder>/<nn>_<stage>'."""
+        return self.path / f"{self.names.index(name):02d}_{name}"
+
+    def checkpoints(self, name: str) -> Path:
+        """The folder of a stage's checkpoints."""
+        return self.stage(name) / CHECKPOINTS
+
+    def metrics(self, name: str) -> Path:
+        """The record of a stage, epoch by epoch."""
+        return self.stage(name) / METRICS
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """``result.json`` of a stage; None if it is not finished.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        return read_json(self.stage(name) / RESULT)
+
+    def fold(self, search: str, fold: int) -> Path:
+        """The file with what a search found on a fold."""
+        return self.stage(search) / f"fold_{fold:02d}.json"
+
+    def winner(self, choice: str) -> dict[str, Any]:
+        """What a search found on the fold that a choice, 'search:NAME#I', names.
+
+        Raises:
+          CheckpointError: that fold was not searched.
+        """
+        name, fold = parse_choice(choice)
+        result = read_json(self.fold(name, fold))
+        if result is None:
+            raise CheckpointError(f"{self.fold(name, fold)} is missing; train stage {name} first")
+        return result
+
+    def last_saved(self) -> str:
+        """Where a run goes on that ends here, as far as can be seen."""
+        for name in reversed(self.names):
+            if self.result(name) is not None:
+                return f"the end of stage {name}"
+            steps = [int(path.name) for path in self.checkpoints(name).glob("*") if path.name.isdecimal()]
+            if steps:
+                return f"step {max(steps)} of stage {name}"
+        return "the start"
+
+
 def weights_file(seed: int | None) -> str:
     """Name of the file with the weights in use; None: there is one seed only."""
     return WEIGHTS if seed is None else f"{Path(WEIGHTS).stem}_seed_{seed}.npz"
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """``result.json`` of a finished stage, or None.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    return read_json(folder / RESULT)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -66,13 +121,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file in one step: it is either the old one or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with files.replacing(path) as file:
         json.dump(content, file, indent=2)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def claim(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:

@@ -17,18 +17,23 @@ import numpy as np
 
 from bnn_jax import hosts
 from bnn_jax.data.augment import prepare_eval
-from bnn_jax.data.memory import ImageSource
-from bnn_jax.errors import Interrupted
-from bnn_jax.experiment import folder as run_folder
-from bnn_jax.experiment.build import Run, fold_path, folds_of, searched_split
+from bnn_jax.data.memory import ImageSource, Split
+from bnn_jax.data.stream import StreamedSplit
+from bnn_jax.errors import Interrupted, UserError
+from bnn_jax.experiment import folder as files
+from bnn_jax.experiment.build import Experiment, build_network
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.experiment.load import SavedVariables
+from bnn_jax.experiment.results import described_run
 from bnn_jax.search.evolution import Evolution, Settings, restored_rng, rng_state
-from bnn_jax.search.folds import Folds
+from bnn_jax.search.folds import Folds, make_folds
 from bnn_jax.search.population import PopulationEvaluator
-from bnn_jax.search.results import combined, correlation, statistics
-from bnn_jax.stages import Stage, fingerprint
+from bnn_jax.search.results import statistics
+from bnn_jax.stages import Stage
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.progress import Progress, say
+from bnn_jax.training.seeds import one_seed
 
 STATE = "state.json"
 # Of the archive that a fold's result keeps.
@@ -73,44 +78,45 @@ class FoldSearch:
         }
 
 
-def search(run: Run, stage: Stage, stop: StopRequest) -> dict[str, Any]:
+def search(
+    experiment: Experiment, folder: RunFolder, stage: Stage, source: ImageSource, stop: StopRequest
+) -> dict[str, Any]:
     """Searches what is left of the folds and returns the content of ``result.json``.
 
     Raises:
       Interrupted: asked to stop; every finished generation is saved.
     """
-    source = run.load_data(stage)
-    folder = run.stage_folder(stage)
-    hosts.from_first("search folder", lambda: folder.mkdir(exist_ok=True))
-    folds = folds_of(stage, source)
-    settings = _settings(run, stage, source)
-    done = [_read(folder / fold_path(fold)) for fold in range(folds.count)]
-    evaluate = None if all(done) else _evaluator(run, stage, source, stop)
+    hosts.from_first("search folder", lambda: folder.stage(stage.name).mkdir(exist_ok=True))
+    folds, settings = folds_of(stage, source), _settings(stage, source)
+    done = [_read(folder.fold(stage.name, fold)) for fold in range(folds.count)]
+    evaluate = None if all(done) else _evaluator(experiment, folder, stage, source, stop)
     started = time.monotonic()
     generations_done = sum(len(result["history"]) for result in done if result)
     total = folds.count * (settings.generations + 1)
     with Progress(stage.name, total=total, done=generations_done) as progress:
         for fold in range(folds.count):
             if done[fold] is None:
-                under_way = _start(stage, settings, folder, fold, done[fold - 1] if fold else None)
+                path = folder.fold(stage.name, fold)
+                under_way = _start(stage, settings, path.parent / STATE, fold, done[fold - 1] if fold else None)
                 progress.skip(len(under_way.history))
                 assert evaluate is not None  # made where a fold is left
-                done[fold] = _search_fold(under_way, folds, evaluate, folder, progress, stop)
-    return _result(run, stage, source, [result for result in done if result], time.monotonic() - started)
+                done[fold] = _search_fold(under_way, folds, evaluate, path, progress, stop)
+    result = _result([result for result in done if result])
+    return {**described_run(experiment, stage, source), **result, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _settings(run: Run, stage: Stage, source: ImageSource) -> Settings:
+def _settings(stage: Stage, source: ImageSource) -> Settings:
     assert stage.search is not None  # a stage of this kind has one
     names = {field.name for field in dataclasses.fields(Settings)}
-    network = run.network(stage, num_classes=source.num_classes)
+    network = build_network(stage, source.num_classes)
     chosen = {name: value for name, value in stage.search.kwargs.items() if name in names}
     return Settings(genes=len(network.branch_patterns), choices=network.branches, **chosen)
 
 
-def _start(stage: Stage, settings: Settings, folder: Path, fold: int, before: Mapping[str, Any] | None) -> FoldSearch:
+def _start(stage: Stage, settings: Settings, path: Path, fold: int, before: Mapping[str, Any] | None) -> FoldSearch:
     """The search on a fold, from its saved state or from the beginning."""
     assert stage.search is not None
-    state = _read(folder / STATE)
+    state = _read(path)
     if state is not None and state["fold"] == fold:
         generation = state["evolution"]["generation"]
         say(f"stage {stage.name}: fold {fold + 1} goes on after generation {generation}")
@@ -123,27 +129,29 @@ def _start(stage: Stage, settings: Settings, folder: Path, fold: int, before: Ma
     return FoldSearch(fold, Evolution(settings, rng), [])
 
 
-def _evaluator(run: Run, stage: Stage, source: ImageSource, stop: StopRequest) -> Evaluate:
+def _evaluator(
+    experiment: Experiment, folder: RunFolder, stage: Stage, source: ImageSource, stop: StopRequest
+) -> Evaluate:
     """Top-1 of paths on some images of the split that is searched on; None if asked to stop."""
-    assert stage.init_from is not None  # the supernet
-    devices = all_devices()
-    network, variables = run.referenced(stage.init_from, source=source, default=stage)
-    at_once = run.config["basq"]["paths_at_once"] or PATHS_AT_ONCE.get(jax.default_backend(), PATHS_AT_ONCE_ELSEWHERE)
+    assert stage.inherit is not None  # the supernet
+    config, devices, saved = experiment.config, all_devices(), SavedVariables(experiment, folder)
+    network, variables = saved.with_network(stage.inherit.source, source=source, default=stage, seeds=one_seed(0))
+    at_once = config["basq"]["paths_at_once"] or PATHS_AT_ONCE.get(jax.default_backend(), PATHS_AT_ONCE_ELSEWHERE)
     evaluator = PopulationEvaluator(
         network,
         prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
         split=searched_split(stage, source),
-        batch_size=run.config["train"]["eval_batch_size"],
+        batch_size=config["train"]["eval_batch_size"],
         paths_at_once=at_once,
         devices=devices,
-        workers=run.config["data"]["workers"],
+        workers=config["data"]["workers"],
     )
     variables = devices.replicate(variables)
     return lambda paths, images: evaluator(variables, paths, images, should_stop=stop.agreed)
 
 
 def _search_fold(
-    under_way: FoldSearch, folds: Folds, evaluate: Evaluate, folder: Path, progress: Progress, stop: StopRequest
+    under_way: FoldSearch, folds: Folds, evaluate: Evaluate, path: Path, progress: Progress, stop: StopRequest
 ) -> dict[str, Any]:
     fold, evolution = under_way.fold, under_way.evolution
     inside, outside = folds.images(fold), folds.others(fold)
@@ -167,75 +175,54 @@ def _search_fold(
             known_outside[best] = top1([best], outside)[0]
         row = {"path": list(best), "fold_top1": 100 - error, "full_top1": known_outside[best]}
         under_way.history.append(row)
-        _write(folder / STATE, under_way.state())
+        _write(path.parent / STATE, under_way.state())
         status = (
             f"fold {fold + 1}/{folds.count}  generation {evolution.generation}  best {row['fold_top1']:.2f} % "
             f"(outside of the fold {row['full_top1']:.2f} %)"
         )
         progress.update(progress.done + 1, status, line=f"{status}  path {' '.join(map(str, best))}")
     result = under_way.result()
-    _write(folder / fold_path(fold), result)
+    _write(path, result)
     return result
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return hosts.from_first(path.name, lambda: run_folder.read_json(path))
+    return hosts.from_first(path.name, lambda: files.read_json(path))
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    hosts.from_first(path.name, lambda: run_folder.write_json(path, content))
+    hosts.from_first(path.name, lambda: files.write_json(path, content))
 
 
-def _result(
-    run: Run, stage: Stage, source: ImageSource, folds: Sequence[Mapping[str, Any]], seconds: float
-) -> dict[str, Any]:
-    """Content of ``result.json``: what was found on every fold, and in the mean."""
+def _result(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was found on every fold, and in the mean."""
     kept = ("fold", "path", "fold_top1", "full_top1", "evaluations")
-    device = jax.devices()[0]
     return {
-        "stage": stage.name,
         "kind": "search",
-        "bits": stage.bits,
         "folds": [{name: fold[name] for name in kept} for fold in folds],
         "fold_top1": dataclasses.asdict(statistics([fold["fold_top1"] for fold in folds])),
         "full_top1": dataclasses.asdict(statistics([fold["full_top1"] for fold in folds])),
         "evaluations": sum(fold["evaluations"] for fold in folds),
-        "seed": run.config["seed"],
-        "data": stage.data.name,
-        "seconds": round(seconds, 1),
-        "data_fingerprint": source.fingerprint,
-        "stage_fingerprint": fingerprint(stage, run.stages),
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        **run_folder.provenance(),
     }
 
 
-def winners(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What came of the folds' winners, from the results of all stages; None without a fine-tuned winner.
+def searched_split(search: Stage, source: ImageSource) -> Split | StreamedSplit:
+    """The images a search looks at.
 
-    Returns:
-      ``rows``, one for each fold: ``fold``, ``path``, ``fold_top1``, ``full_top1``, ``tuned_top1``, ``combined_top1``,
-      ``test_top1``; ``statistics`` of each accuracy; ``correlation`` of ``fold_top1`` and ``tuned_top1``.
+    Raises:
+      UserError: they are to be held out from training, and none are.
     """
-    tuned = [result for result in results if "tuned_top1" in result]
-    if not tuned:
-        return None
-    rows = [
-        {
-            "fold": result["fold"],
-            "path": result["path"],
-            "fold_top1": result["fold_top1"],
-            "full_top1": result["full_top1"],
-            "tuned_top1": result["tuned_top1"],
-            "combined_top1": combined(result["fold_top1"], result["full_top1"], folds=result["folds"]),
-            "test_top1": result["last_top1"],
-        }
-        for result in tuned
-    ]
-    names = ("fold_top1", "full_top1", "tuned_top1", "combined_top1", "test_top1")
-    columns = {name: [row[name] for row in rows] for name in names}
-    return {
-        "rows": rows,
-        "statistics": {name: dataclasses.asdict(statistics(values)) for name, values in columns.items()},
-        "correlation": correlation(columns["fold_top1"], columns["tuned_top1"]),
-    }
+    assert search.search is not None
+    if search.search.kwargs["search_on"] == "test":
+        return source.test
+    if source.validation is None:
+        raise UserError(f"stage {search.name}: no images are held out; config.data.validation_fraction says how many")
+    return source.validation
+
+
+def folds_of(search: Stage, source: ImageSource) -> Folds:
+    """The folds of a search's images."""
+    assert search.search is not None
+    options = search.search.kwargs
+    labels = searched_split(search, source).labels
+    return make_folds(labels, kind=options["fold_kind"], count=options["folds"], batch_size=options["fold_batch"])

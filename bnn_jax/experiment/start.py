@@ -1,4 +1,7 @@
-"""The initial state of a stage: fresh variables, copied ones, and those made anew from the copied ones."""
+"""The first state of a stage: fresh variables, copied ones, and those made anew from the copied ones.
+
+What is copied from where says ``Stage.inherit``; ``first_variables`` carries it out.
+"""
 
 import dataclasses
 import functools
@@ -11,11 +14,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bnn_jax import hosts
+from bnn_jax.data.augment import prepare_eval
+from bnn_jax.data.memory import ImageSource, Split
+from bnn_jax.data.order import index_plan
 from bnn_jax.errors import CheckpointError
 from bnn_jax.networks.base import knobs_of
 from bnn_jax.objectives.base import Objective
 from bnn_jax.quantizers.base import QuantContext, evaluation_context
+from bnn_jax.storage.weights import encoded_weights, put_base
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.loop import Setup
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import zero_metric_sums
 
@@ -23,53 +32,79 @@ COLLECTIONS = ("params", "batch_stats", "quant_state")
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
-    """Compiled functions that make variables of a network, for several seeds: compiled once, not for each of them.
+class Inherited:
+    """What ``Stage.inherit`` refers to.
 
     Attributes:
-      init: (key, images, knobs) -> fresh variables.
-      recompute: (variables, images) -> variables with those that were missing.
+      network: network of the source.
+      variables: its variables, for each seed of the stage.
     """
 
-    init: Callable[..., dict[str, Any]]
-    recompute: Callable[[dict[str, Any], jax.Array], Any]
+    network: Any
+    variables: Sequence[dict[str, Any]]
 
 
-def programs(network: Any) -> Programs:
-    """The functions of a network; compiled when they are first called."""
-    return Programs(jax.jit(_init_function(network)), jax.jit(_recompute_function(network)))
+def first_state(setup: Setup, inherited: Inherited | None, devices: Devices) -> TrainState:
+    """The state before the first step of a stage; of several seeds each one's, stacked."""
+    variables = setup.seeds.stack(first_variables(setup, inherited))
+    return new_state(setup, hosts.values_of_first(variables), devices)
 
 
-def init_variables(
-    network: Any,
-    key: jax.Array,
-    images: jax.Array,
-    *,
-    knobs: Mapping[str, jax.Array] | None = None,
-    shared: Programs | None = None,
-) -> dict[str, Any]:
+def first_variables(setup: Setup, inherited: Inherited | None) -> list[dict[str, Any]]:
+    """Variables of each seed before the first step: fresh, then copied, then made anew where the stage says so."""
+    stage, seeds, found = setup.stage, setup.seeds, []
+    init, recompute = init_program(setup.network), recompute_program(setup.network)
+    knobs = {name: schedule(jnp.int32(0)) for name, schedule in setup.parts.knobs.items()}
+    for index, (order, initial) in enumerate(zip(seeds.orders, seeds.initials, strict=True)):
+        images = _first_images(setup.source, order, batch_size=stage.optim.batch_size)
+        variables = init(jax.random.key(initial), images, knobs)
+        if inherited is not None and stage.inherit is not None:
+            variables = _inherit(setup, inherited.network, inherited.variables[index], fresh=variables)
+            if stage.inherit.recompute:
+                variables = recompute(without(variables, stage.inherit.recompute), images)
+        found.append(variables)
+    return found
+
+
+def _inherit(setup: Setup, network: Any, copied: dict[str, Any], *, fresh: dict[str, Any]) -> dict[str, Any]:
+    record = setup.stage.inherit
+    assert record is not None  # the caller has something to copy
+    variables = transfer(copied, fresh, collections=record.collections, may_be_new=record.may_be_new)
+    if not record.realised_base:
+        return variables
+    return put_base(variables, fresh, encoded_weights(network, copied, setup.source.image_shape))
+
+
+def _first_images(source: ImageSource, order: int, *, batch_size: int) -> jax.Array:
+    """The images of the first step, normalised and not augmented: quantizers that start from data see these."""
+    split, size = source.train, min(batch_size, len(source.train))
+    indices, _ = index_plan(order, 0, num_images=len(split), batch_size=size, drop_last=False)
+    # Images that are read when needed are cropped as in evaluation.
+    images = split.images[indices[0]] if isinstance(split, Split) else next(split.batches(indices[:1]))[0]
+    return prepare_eval(jnp.asarray(images), mean=source.mean, std=source.std)
+
+
+def init_variables(network: Any, key: jax.Array, images: jax.Array) -> dict[str, Any]:
     """Fresh variables of a network.
 
     Args:
       network: Linen module.
       key: random key.
       images: (N, H, W, C) normalised images; quantizers that start from data see these.
-      knobs: values of the knobs before the first step, by name; None takes the defaults.
-      shared: functions that are used for other keys too; None compiles one for this key.
     """
-    if shared is not None:
-        return shared.init(key, images, knobs or {})
-    return jax.jit(functools.partial(_init_function(network), key))(images, knobs or {})
+    return init_program(network)(key, images, {})
 
 
-def _init_function(network: Any) -> Callable[..., dict[str, Any]]:
+def init_program(network: Any) -> Callable[..., dict[str, Any]]:
+    """Jitted function of (key, images, values of the knobs by name) that makes fresh variables."""
+
     def init(key: jax.Array, images: jax.Array, knobs: Mapping[str, jax.Array]) -> dict[str, Any]:
         variables = network.init({"params": key, "quant": key}, images, QuantContext(train=True, knobs=knobs))
         stored = {knob.name: jnp.float32(knobs.get(knob.name, knob.default)) for knob in knobs_of(network)}
         variables = {**variables, **({"knobs": stored} if stored else {})}
         return {name: variables[name] for name in (*COLLECTIONS, "knobs") if name in variables}
 
-    return init
+    return jax.jit(init)
 
 
 def variable_shapes(network: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -118,35 +153,47 @@ def transfer(
     return result
 
 
-def recompute(
-    network: Any,
-    variables: dict[str, Any],
-    images: jax.Array,
-    *,
-    patterns: Sequence[str],
-    shared: Programs | None = None,
-) -> dict[str, Any]:
-    """Variables in which every leaf that a pattern matches ('quant_state/.*/mask') is made anew by the network.
-
-    Linen creates only what is missing: the matching leaves are dropped, and one forward pass makes them from the other
-    variables and the images.
-    """
-    if not patterns:
-        return variables
+def without(variables: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
+    """The variables that no pattern of a path ('quant_state/.*/mask') matches."""
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     kept = {path: leaf for path, leaf in flat.items() if not any(re.search(p, path) for p in patterns)}
-    variables = flax.traverse_util.unflatten_dict(kept, sep="/")
-    forward = shared.recompute if shared is not None else jax.jit(_recompute_function(network))
-    return {**variables, **forward(variables, images)}
+    return flax.traverse_util.unflatten_dict(kept, sep="/")
 
 
-def _recompute_function(network: Any) -> Callable[[dict[str, Any], jax.Array], Any]:
-    def forward(variables: dict[str, Any], images: jax.Array):
-        ctx = evaluation_context(variables)
-        return network.apply(variables, images, ctx, mutable=list(COLLECTIONS), rngs=keys)[1]
+def recompute_program(network: Any) -> Callable[[dict[str, Any], jax.Array], Any]:
+    """Function of (variables, images), compiled once: the variables with those that were missing.
 
+    Linen creates only what is missing: one forward pass makes it from the other variables and the images.
+    """
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
-    return forward
+    apply = functools.partial(network.apply, mutable=list(COLLECTIONS), rngs=keys)
+    made = jax.jit(lambda variables, images: apply(variables, images, evaluation_context(variables))[1])
+    return lambda variables, images: {**variables, **made(variables, images)}
+
+
+def new_state(setup: Setup, variables: dict[str, Any], devices: Devices) -> TrainState:
+    """The state of a stage before its first step; of several seeds, stacked.
+
+    Args:
+      setup: the stage.
+      variables: params, batch_stats, quant_state; of several seeds, stacked.
+      devices: placement.
+    """
+    return create_state(
+        variables,
+        optimizer=setup.parts.optimizer,
+        objectives=setup.parts.objectives,
+        num_classes=setup.source.num_classes,
+        seed=setup.seeds.orders,
+        devices=devices,
+        log_gradient_norms=setup.stage.log_gradient_norms,
+        log_train_top5=setup.stage.log_train_top5,
+    )
+
+
+def state_shapes(setup: Setup, devices: Devices) -> TrainState:
+    """Shapes of ``new_state``, for restoring one."""
+    return jax.eval_shape(lambda shapes: new_state(setup, shapes, devices), setup.seeds.shapes(setup.shapes))
 
 
 def create_state(
@@ -188,9 +235,10 @@ def create_state(
         )
 
     def make(variables: dict[str, Any]) -> TrainState:
-        if isinstance(seed, int):
-            return make_one(variables, seed)
-        return jax.vmap(make_one)(variables, jnp.asarray(seed, jnp.uint32))
+        each = (seed,) if isinstance(seed, int) else tuple(seed)
+        if len(each) == 1:
+            return make_one(variables, each[0])
+        return jax.vmap(make_one)(variables, jnp.asarray(each, jnp.uint32))
 
     return jax.jit(make, out_shardings=devices.replicated)(variables)
 

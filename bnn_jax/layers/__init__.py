@@ -1,6 +1,6 @@
 """Layers: quantized convolution and dense layers, batch normalisation, shortcuts, activations."""
 
 from bnn_jax.layers.conv import QuantConv, QuantDense
-from bnn_jax.layers.norm import BatchNorm, BranchBatchNorm
+from bnn_jax.layers.norm import BatchNorm
 
-__all__ = ["BatchNorm", "BranchBatchNorm", "QuantConv", "QuantDense"]
+__all__ = ["BatchNorm", "QuantConv", "QuantDense"]

@@ -133,7 +133,7 @@ def quantized_product(
     act_quantizer = layer.act_quantizer(name="act_quantizer")
     latent_init = weight_quantizer.latent_init(layer.kernel_init)
     latent = layer.param("kernel", latent_init, weight_quantizer.latent_shape(shape))
-    quantized = weight_quantizer.stored_bits < 32
+    quantized = weight_quantizer.cost(shape).stored_bits < 32
     if ctx.stream == "real" and quantized:
         magnitude = jnp.abs(layer.get_variable("taps", "output"))
         return jax.lax.stop_gradient(magnitude * jnp.sign(multiply(x, weight_quantizer.real_kernel(latent, ctx), None)))

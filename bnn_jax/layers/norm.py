@@ -17,54 +17,21 @@ class BatchNorm(nn.Module):
       statistics.
     Backward: ordinary differentiation, through the batch statistics too.
 
+    With several branches everything is (branches, C), and a pass uses row ``ctx.choice[index]``, row 0 without a
+    choice: in training only that row's running statistics move, and the gradients of the others are zeros.
+
     Attributes:
+      branches: number of branches; 1: there is no branch axis.
+      index: place of this layer in ``ctx.choice``.
       momentum: share of the old running value that is kept (0.9 is PyTorch's ``momentum=0.1``).
       epsilon: added to the variance.
 
-    Reference: Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1.
+    Reference: Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1; branches: BASQ, Kim et al. 2022 (ECCV), section
+      3.2, release: HanByulKim/BASQ: mbv2_supernet.py.
     """
 
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
-        """Normalised ``x`` (N, ..., C), float32."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        if ctx.train:
-            mean, var, count = batch_moments(x, ctx.mask)
-            if not self.is_initializing() and ctx.stream == "quant":
-                running_mean.value = running(running_mean.value, mean, self.momentum)
-                running_var.value = running(running_var.value, unbiased(var, count), self.momentum)
-        else:
-            mean, var = running_mean.value, running_var.value
-        return normalise(x, mean, var, scale, bias, epsilon=self.epsilon)
-
-
-class BranchBatchNorm(nn.Module):
-    """BatchNorm with parameters and running statistics for each branch, of which one pass uses the chosen one.
-
-    Forward: ``BatchNorm`` with row ``j = ctx.choice[index]`` of everything; without a choice row 0. In training only
-      that row's running statistics move.
-    Backward: ordinary differentiation; the other branches' gradients are zeros.
-
-    Parameters and running statistics have the shape (branches, C), or (C,), as in ``BatchNorm``, for one branch.
-
-    Attributes:
-      branches: number of branches.
-      index: place of this layer in ``ctx.choice``.
-      momentum: share of the old running value that is kept.
-      epsilon: added to the variance.
-
-    Reference: BASQ, Kim et al. 2022 (ECCV), section 3.2; release: HanByulKim/BASQ: mbv2_supernet.py.
-    """
-
-    branches: int
-    index: int
+    branches: int = 1
+    index: int = 0
     momentum: float = 0.9
     epsilon: float = 1e-5
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bnn_jax.keys import Section
-from bnn_jax.methods import asbq, basq, skd, snn, weight_search
+from bnn_jax.methods import asbq, basq, recu, skd, snn, weight_search
 from bnn_jax.methods.common import add_extra_objectives, fit_memory
 from bnn_jax.stages import Stage
 
-_MODULES = {"asbq": asbq, "basq": basq, "skd": skd, "snn": snn, "weight_search": weight_search}
+_MODULES = {"asbq": asbq, "basq": basq, "recu": recu, "skd": skd, "snn": snn, "weight_search": weight_search}
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Stage, ...]]] = {
     name: module.stages for name, module in _MODULES.items()

@@ -31,8 +31,8 @@ from bnn_jax.keys import (
     Key,
     Section,
 )
-from bnn_jax.methods.common import data_spec, sgd_spec
-from bnn_jax.stages import IDENTITY, QuantSpec, Spec, Stage, spec
+from bnn_jax.methods.common import data_spec, sgd_spec, switches_of
+from bnn_jax.stages import IDENTITY, Inherit, QuantSpec, Spec, Stage, Teacher, spec
 
 RELEASE: dict[str, Any] = {
     "block": "release",
@@ -111,8 +111,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: a combination that does not exist.
     """
     asbq = config["asbq"]
-    preset = PRESETS[asbq["preset"]]
-    switches = {key: value if asbq[key] is None else asbq[key] for key, value in preset.items()}
+    switches = switches_of(asbq, PRESETS)
     network = config["network"]
     if network in IMAGENET_NETWORKS:
         if switches["block"] == "checkpoint" or asbq["block"] not in (None, "imagenet"):
@@ -166,22 +165,16 @@ def _rung(
     source: str | None,
     seed: int,
 ) -> Stage:
-    network_options = {"block": switches["block"]} if has_asbq_blocks(config["network"]) else {}
-    from_copied = source is not None and switches["prune_source"] == "copied_weights"
-    teacher = source if source is not None and switches["kd_weight"] > 0 else None
-    taught_by_file = teacher is not None and teacher.startswith("file:")
+    from_copied = switches["prune_source"] == "copied_weights"
     return Stage(
         name=stage_name(bits),
-        network=spec(config["network"], kernel_init=switches["init"], **network_options),
+        network=network_spec(config, switches, kernel_init=switches["init"]),
         quant=quant_spec(config, switches, bits=bits, masked=source is not None or not _paper_masks(switches)),
         data=data_spec(config),
         objectives=objectives(config, switches, has_teacher=source is not None),
         optim=sgd_spec(config, learning_rate=_learning_rate(config, rate, epochs=epochs), epochs=epochs),
-        init_from=source,
-        teacher=teacher,
-        teacher_network=spec(config["network"], **network_options) if taught_by_file else None,
-        teacher_quant=_first_source_quant(config, switches) if taught_by_file else None,
-        recompute=("quant_state/.*/mask$",) if from_copied else (),
+        inherit=None if source is None else Inherit(source, recompute=("quant_state/.*/mask$",) if from_copied else ()),
+        teacher=_teacher(config, switches, source) if source is not None and switches["kd_weight"] > 0 else None,
         seed=config["seed"] + 1000 * seed,
         # The published masks differ between the first rung and the others, and are the same in all others: each run
         # reseeds and draws the student after the teacher. A mask from random weights depends on this seed alone.
@@ -191,10 +184,19 @@ def _rung(
     )
 
 
-def _first_source_quant(config: Mapping[str, Any], switches: Mapping[str, Any]) -> QuantSpec:
-    """Quantizers of the network in the file that the first rung starts from."""
+def network_spec(config: Mapping[str, Any], switches: Mapping[str, Any], **options: Any) -> Spec:
+    """The network, of the method's blocks where it has some."""
+    block = {"block": switches["block"]} if has_asbq_blocks(config["network"]) else {}
+    return spec(config["network"], **block, **options)
+
+
+def _teacher(config: Mapping[str, Any], switches: Mapping[str, Any], source: str) -> Teacher:
+    """The network that a rung starts from, as it was saved."""
+    if not source.startswith("file:"):
+        return Teacher(source)
     bits = config["asbq"]["init_bits"]
-    return quant_spec(config, switches, bits=bits, masked=bits < 32 or not _paper_masks(switches))
+    quant = quant_spec(config, switches, bits=bits, masked=bits < 32 or not _paper_masks(switches))
+    return Teacher(source, network_spec(config, switches), quant)
 
 
 def _paper_masks(switches: Mapping[str, Any]) -> bool:

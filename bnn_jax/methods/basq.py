@@ -34,8 +34,8 @@ from bnn_jax.keys import (
     at_least,
     between,
 )
-from bnn_jax.methods.common import data_spec, teacher_keys, teacher_stage
-from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
+from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "release": {"fold_kind": "contiguous", "search_on": "test", "one_random_stream": True, "report_epoch": "best"},
@@ -89,6 +89,7 @@ KEYS: Section = {
 TEACHER, FIRST, SECOND, SEARCH = "teacher", "supernet_activations", "supernet", "search"
 
 STEPS_OF_WEIGHTS = "/weight_quantizer/step$"
+COLLECTIONS = ("params", "batch_stats", "quant_state")
 
 
 def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -100,7 +101,7 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     Raises:
       UserError: a network without branches, or values that do not fit each other.
     """
-    basq, switches = config["basq"], resolve(config)
+    basq, switches = config["basq"], switches_of(config["basq"], PRESETS)
     _check(config, switches)
     first = _supernet(config, FIRST, epochs=basq["epochs"][0])
     second = _supernet(config, SECOND, epochs=basq["epochs"][-1])
@@ -108,12 +109,9 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         second,
         name=SEARCH,
         kind="search",
-        init_from=f"stage:{SECOND}@last",
-        may_be_new=(),
-        recompute=(),
+        inherit=Inherit(f"stage:{SECOND}@last", COLLECTIONS),
         objectives=(),
         teacher=None,
-        teacher_network=None,
         choice=None,
         search=search_spec(config, switches),
         seed=config["seed"] + 3000,
@@ -121,12 +119,6 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     tuned = [_finetune(config, search, fold) for fold in range(basq["folds"])]
     teacher = (teacher_stage(config, basq, name=TEACHER),) if basq["teacher"] == "stage" else ()
     return (*teacher, first, second, search, *tuned)
-
-
-def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches of the run: the preset's values, replaced by those given explicitly."""
-    basq = config["basq"]
-    return {key: value if basq[key] is None else basq[key] for key, value in PRESETS[basq["preset"]].items()}
 
 
 def _check(config: Mapping[str, Any], switches: Mapping[str, Any]) -> None:
@@ -159,7 +151,6 @@ def network_spec(config: Mapping[str, Any]) -> Spec:
 
 def _supernet(config: Mapping[str, Any], name: str, *, epochs: int) -> Stage:
     basq, second = config["basq"], name == SECOND
-    stored = basq["teacher"] == "stage"
     return Stage(
         name=name,
         network=network_spec(config),
@@ -167,13 +158,13 @@ def _supernet(config: Mapping[str, Any], name: str, *, epochs: int) -> Stage:
         data=data_spec(config),
         objectives=(spec("distillation", weight=1.0, temperature=1.0, measure="cross_entropy"),),
         optim=supernet_optim(config, epochs=epochs),
-        init_from=f"stage:{FIRST}@last" if second else None,
-        transfer=("params", "batch_stats", "quant_state"),
         # The second phase starts from what the first has trained, with steps for the weights as they are by then.
-        may_be_new=(STEPS_OF_WEIGHTS,) if second else (),
-        recompute=(STEPS_OF_WEIGHTS,) if second else (),
-        teacher=f"stage:{TEACHER}@last" if stored else basq["teacher"],
-        teacher_network=None if stored else spec(basq["teacher_network"]),
+        inherit=Inherit(
+            f"stage:{FIRST}@last", COLLECTIONS, may_be_new=(STEPS_OF_WEIGHTS,), recompute=(STEPS_OF_WEIGHTS,)
+        )
+        if second
+        else None,
+        teacher=teacher_of(basq, stage=TEACHER),
         choice="uniform",
         seed=config["seed"] + (2000 if second else 1000),
         init_seed=config["seed"],

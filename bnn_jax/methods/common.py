@@ -6,7 +6,7 @@ from typing import Any
 
 from bnn_jax.errors import UserError
 from bnn_jax.keys import POSITIVE, STAGE_OR_FILE, Key, Section
-from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, Teacher, spec
 
 # Weights of the self-distillation terms in the published recipes.
 EXTRA_OBJECTIVE_WEIGHTS = {"feature_swap": 1.0, "label_bank": 0.05, "cluster": 0.01}
@@ -27,6 +27,12 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         decoder=data["decoder"],
         options=tuple(sorted(options.items())),
     )
+
+
+def switches_of(section: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A method's switches: the values of the section's preset, replaced by those given explicitly."""
+    preset = presets[section["preset"]]
+    return {key: value if section[key] is None else section[key] for key, value in preset.items()}
 
 
 def sgd_spec(config: Mapping[str, Any], *, learning_rate: Spec, epochs: int) -> OptimSpec:
@@ -72,6 +78,13 @@ def teacher_stage(config: Mapping[str, Any], section: Mapping[str, Any], *, name
         init_seed=config["seed"],
         compute_dtype=config["train"]["compute_dtype"],
     )
+
+
+def teacher_of(section: Mapping[str, Any], *, stage: str) -> Teacher:
+    """The teacher of the other stages: the stage of that name, or a file with the section's teacher_network."""
+    if section["teacher"] == "stage":
+        return Teacher(f"stage:{stage}@last")
+    return Teacher(section["teacher"], spec(section["teacher_network"]))
 
 
 def add_extra_objectives(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

@@ -16,8 +16,8 @@ from typing import Any
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Section
 from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T
-from bnn_jax.methods.common import data_spec
-from bnn_jax.stages import OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.methods.common import data_spec, switches_of
+from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"strict_release": False, "reset_bank": False, "task_loss": "cross_entropy"},
@@ -89,8 +89,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     is_mlp = _is_mlp(config)
     if skd["hidden"] is not None and not is_mlp:
         raise UserError(f"config.skd.hidden={skd['hidden']!r}: network {config['network']!r} has no such option")
-    preset = (MLP_PRESETS if is_mlp else PRESETS)[skd["preset"]]
-    return {key: value if skd[key] is None else skd[key] for key, value in preset.items()}
+    return switches_of(skd, MLP_PRESETS if is_mlp else PRESETS)
 
 
 def _is_mlp(config: Mapping[str, Any]) -> bool:
@@ -109,8 +108,7 @@ def _stage(config: Mapping[str, Any], switches: Mapping[str, Any], names: list[s
         optim=optim_spec(config, index),
         knobs=() if _is_mlp(config) else tuple((knob.name, spec(knob.name)) for knob in (ERROR_DECAY_K, ERROR_DECAY_T)),
         # The second stage takes everything a state dict holds: weights and running statistics, not the optimiser.
-        init_from=None if index == 0 else f"stage:{names[index - 1]}@last",
-        transfer=("params", "batch_stats"),
+        inherit=None if index == 0 else Inherit(f"stage:{names[index - 1]}@last", ("params", "batch_stats")),
         seed=config["seed"] + 1000 * index,
         init_seed=config["seed"],
         bits=1.0,

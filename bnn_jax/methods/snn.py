@@ -22,8 +22,8 @@ from typing import Any, Literal
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, POSITIVE, Key, Section, between
 from bnn_jax.knobs import REFINE_CODEBOOK
-from bnn_jax.methods.common import data_spec, teacher_keys, teacher_stage
-from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
+from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
+from bnn_jax.stages import IDENTITY, Inherit, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"refine": True, "maintenance": "clean", "pattern_optimizer": "release14"},
@@ -61,6 +61,8 @@ TEACHER, FIRST, SECOND = "teacher", "binary_activations", "sub_bit"
 WITHOUT_GRADIENT: dict[str, Literal["step", "skip"]] = {"release14": "step", "skip": "skip"}
 
 CODEBOOKS = "/weight_quantizer/codebook$"
+NEW_AT_SECOND = (CODEBOOKS, "/weight_quantizer/memory$")
+COLLECTIONS = ("params", "batch_stats", "quant_state")
 # What the release decays: tensors with four axes. These are the kernels of all convolutions and, for the way they are
 # stored, the shifts around signs and rectifiers; and the codebooks, for their name.
 DECAYED = r"conv\d*/kernel$|_shift/bias$"
@@ -75,7 +77,7 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     Raises:
       UserError: a number of epochs or weight decays that does not fit the steps.
     """
-    snn, switches = config["snn"], resolve(config)
+    snn, switches = config["snn"], switches_of(config["snn"], PRESETS)
     steps = (FIRST, SECOND) if snn["two_step"] else (SECOND,)
     epochs, decays = (_by_step(config, key) for key in ("epochs", "weight_decays"))
     students = [
@@ -83,12 +85,6 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         for previous, name in zip((None, *steps), steps)
     ]
     return (teacher_stage(config, snn, name=TEACHER), *students) if snn["teacher"] == "stage" else tuple(students)
-
-
-def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches of the run: the preset's values, replaced by those given explicitly."""
-    snn = config["snn"]
-    return {key: value if snn[key] is None else snn[key] for key, value in PRESETS[snn["preset"]].items()}
 
 
 def _by_step(config: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -109,7 +105,6 @@ def _step(
     previous: str | None,
 ) -> Stage:
     snn, sub_bit = config["snn"], name == SECOND
-    teacher = f"stage:{TEACHER}@last" if snn["teacher"] == "stage" else snn["teacher"]
     refine = sub_bit and switches["refine"]
     return Stage(
         name=name,
@@ -121,11 +116,8 @@ def _step(
         knobs=((REFINE_CODEBOOK.name, spec("every", interval=snn["refine_interval"])),) if refine else (),
         projections=(spec("refill_codebooks", maintenance=switches["maintenance"]),) if refine else (),
         # The second step continues the first, running statistics included; only its codebooks are new.
-        init_from=None if previous is None else f"stage:{previous}@last",
-        transfer=("params", "batch_stats", "quant_state"),
-        may_be_new=() if previous is None else (CODEBOOKS, "/weight_quantizer/memory$"),
-        teacher=teacher,
-        teacher_network=None if snn["teacher"] == "stage" else spec(snn["teacher_network"]),
+        inherit=None if previous is None else Inherit(f"stage:{previous}@last", COLLECTIONS, may_be_new=NEW_AT_SECOND),
+        teacher=teacher_of(snn, stage=TEACHER),
         seed=config["seed"] + (2000 if sub_bit else 1000),
         init_seed=config["seed"],
         bits=snn["tau"] / 9 if sub_bit else 32.0,

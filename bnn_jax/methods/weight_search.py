@@ -31,7 +31,7 @@ from bnn_jax.keys import (
 )
 from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T, NOISE, TEMPERATURE
 from bnn_jax.methods.common import data_spec, sgd_spec
-from bnn_jax.stages import IDENTITY, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
+from bnn_jax.stages import IDENTITY, Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 # Unit of the cosine by network where the preset leaves it to the network.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -171,9 +171,7 @@ def _bit_stage(config: Mapping[str, Any], bit: int, *, epochs: int) -> Stage:
         bits=math.log2(len(bit_levels(bit))),
         epochs=epochs,
         seed=config["seed"] + 1000 * bit,
-        init_from=f"stage:bit_{bit - 1}@last",
-        transfer=("params", "batch_stats"),
-        realised_base=True,
+        inherit=Inherit(f"stage:bit_{bit - 1}@last", ("params", "batch_stats"), realised_base=True),
     )
 
 

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bnn_jax.layers.norm import BatchNorm, BranchBatchNorm
+from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.layers.shortcut import flexible_shortcut
 from bnn_jax.networks.base import Layers, NetworkOutput, global_average_pool, keep_feature
 from bnn_jax.quantizers.base import QuantContext
@@ -54,7 +54,7 @@ class SearchedUnit(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """(N, H, W, C) -> (N, H/stride, W/stride, features)."""
-        norm = functools.partial(BranchBatchNorm, branches=self.branches, index=self.index)
+        norm = functools.partial(BatchNorm, branches=self.branches, index=self.index)
         conv = self.layers.searched_conv(
             self.features,
             index=self.index,

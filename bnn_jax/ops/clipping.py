@@ -68,3 +68,21 @@ def _backward(bits: int, residuals: tuple, cotangent: jax.Array) -> tuple[jax.Ar
 
 
 clipped_uniform.defvjp(_forward, _backward)
+
+
+def rectified_clamp(w: jax.Array, quantile: jax.Array | float) -> jax.Array:
+    """Clips weights to their quantiles ``1 - tau`` and ``tau`` (rectified clamp unit).
+
+    Forward: ``clip(w, -Q, Q)``, ``Q = -b log(2 - 2 tau)``: the quantile of a Laplace distribution around 0, whose scale
+      ``b = mean |w|`` is its most likely one.
+    Backward: ``dw = dy`` where ``|w| < Q``, else 0; none through Q.
+
+    Args:
+      w: weights of a layer, float32.
+      quantile: tau, scalar, 0.5 <= tau < 1.
+
+    Reference: ReCU, Xu et al. 2021 (arXiv 2103.12369), section 4.
+    """
+    limit = -jnp.mean(jnp.abs(w)) * jnp.log(2 - 2 * jnp.asarray(quantile, w.dtype))
+    limit = jax.lax.stop_gradient(limit)
+    return jnp.where(jnp.abs(w) < limit, w, jax.lax.stop_gradient(jnp.clip(w, -limit, limit)))

@@ -14,6 +14,7 @@ from bnn_jax.quantizers.dorefa import DorefaAct, DorefaWeight
 from bnn_jax.quantizers.irnet import IrNetAct, IrNetWeight, SignAct, SignWeight
 from bnn_jax.quantizers.lsq import LsqAct, LsqWeight
 from bnn_jax.quantizers.pruned import Pruned
+from bnn_jax.quantizers.recu import ReCuAct, ReCuWeight
 from bnn_jax.stages import QuantSpec, Spec
 
 WEIGHT: dict[str, type[WeightQuantizer]] = {
@@ -25,6 +26,7 @@ WEIGHT: dict[str, type[WeightQuantizer]] = {
     "pruned": Pruned,
     "categorical": CategoricalWeight,
     "codebook": CodebookWeight,
+    "recu": ReCuWeight,
 }
 
 ACT: dict[str, type[ActQuantizer]] = {
@@ -35,6 +37,7 @@ ACT: dict[str, type[ActQuantizer]] = {
     "lsq": LsqAct,
     "branch_clip": BranchClipAct,
     "approx_sign": ApproxSignAct,
+    "recu": ReCuAct,
 }
 
 

@@ -7,6 +7,7 @@ may own parameters and state (collection ``quant_state``); the arithmetic lives 
 To add one: a function in ``ops``, a subclass here, a line in ``bnn_jax.quantizers.WEIGHT`` or ``ACT``.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -83,6 +84,30 @@ class Encoded:
         return self
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the weights of one layer cost; ``bnn_jax.report.costs`` defines the figures.
+
+    Attributes:
+      stored_bits: bits stored per weight; 32 where the weights are not quantized.
+      operation_bits: bits of one weight as it is multiplied: more than those stored where patterns are looked up.
+      multiply_accumulates: for one output position (all O outputs there), with the savings the method is for.
+      codebook_bits: bits of the layer's own table of values that its weights are looked up in, stored beside them.
+      scales: floats stored beside the weights that follow from the latent weights and are no parameters.
+    """
+
+    stored_bits: float
+    operation_bits: float
+    multiply_accumulates: float
+    codebook_bits: int = 0
+    scales: int = 0
+
+
+def plain_cost(kernel_shape: Shape, bits: float, *, scales: int = 0) -> Cost:
+    """Cost of weights that are each stored and multiplied in ``bits`` bits."""
+    return Cost(float(bits), float(bits), float(math.prod(kernel_shape)), scales=scales)
+
+
 class WeightQuantizer(nn.Module):
     """Base class of weight quantizers; the base itself is the identity (32-bit weights).
 
@@ -97,32 +122,9 @@ class WeightQuantizer(nn.Module):
         """The knobs this quantizer reads; a stage gives each of them a schedule."""
         return ()
 
-    @property
-    def stored_bits(self) -> float:
-        """Bits stored per weight; a quantizer around another one answers with the inner one's, here and below."""
-        return float(self.bits)
-
-    @property
-    def codebook_bits(self) -> int:
-        """Bits of the layer's own table of values that its weights are looked up in, stored beside them."""
-        return 0
-
-    def scale_count(self, kernel_shape: Shape) -> int:
-        """Floats stored beside the weights of a kernel that follow from the latent weights and are no parameters."""
-        return 0
-
-    @property
-    def operation_bits(self) -> float:
-        """Bits of one weight as it is multiplied, which are more than those stored where patterns are looked up."""
-        return self.stored_bits
-
-    def multiply_accumulates(self, kernel_shape: Shape) -> float:
-        """Multiply-accumulates for one output position (all O outputs there), with the savings the method is for.
-
-        Args:
-          kernel_shape: (kh, kw, I/groups, O) or (I, O).
-        """
-        return float(math.prod(kernel_shape))
+    def cost(self, kernel_shape: Shape) -> Cost:
+        """What a kernel (kh, kw, I/groups, O) or (I, O) costs; a quantizer around another one asks the inner one."""
+        return plain_cost(kernel_shape, self.bits)
 
     @property
     def pictures(self) -> frozenset[str]:

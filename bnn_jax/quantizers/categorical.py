@@ -11,7 +11,7 @@ import numpy as np
 
 from bnn_jax.knobs import NOISE, TEMPERATURE, Knob
 from bnn_jax.ops import categorical
-from bnn_jax.quantizers.base import Encoded, Initializer, QuantContext, Shape, WeightQuantizer
+from bnn_jax.quantizers.base import Cost, Encoded, Initializer, QuantContext, Shape, WeightQuantizer, plain_cost
 
 # The published lists, in their order: of two candidates with equal logits the earlier one is chosen.
 VALUE_SETS: dict[str, tuple[float, ...]] = {
@@ -105,9 +105,8 @@ class CategoricalWeight(WeightQuantizer):
         """Every value a weight can take, increasing."""
         return tuple(sorted({value * base for value in self.candidates for base in self.base_levels or (1.0,)}))
 
-    @property
-    def stored_bits(self) -> float:
-        return math.log2(len(self.weight_levels))
+    def cost(self, kernel_shape: Shape) -> Cost:
+        return plain_cost(kernel_shape, math.log2(len(self.weight_levels)))
 
     def latent_shape(self, kernel_shape: Shape) -> Shape:
         return (len(self.candidates), *kernel_shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bnn_jax.knobs import REFINE_CODEBOOK, Knob
 from bnn_jax.ops import codebook as ops
-from bnn_jax.quantizers.base import Encoded, QuantContext, Shape, WeightQuantizer, encode_integers
+from bnn_jax.quantizers.base import Cost, Encoded, QuantContext, Shape, WeightQuantizer, encode_integers
 
 
 @flax.struct.dataclass
@@ -104,32 +104,22 @@ class CodebookWeight(WeightQuantizer):
         dtype = jnp.uint8 if len(patterns) <= 256 else jnp.uint16
         return EncodedKernels(indices=indices.T.astype(dtype), levels=patterns, scale=self.code_scale(latent, ctx))
 
-    # Costs: see bnn_jax.report.costs.
-
-    @property
-    def codebook_bits(self) -> int:
-        """Bits of the patterns' table; with all patterns an index is the pattern itself."""
-        return 0 if self.tau == ops.POSITIONS else ops.POSITIONS * 2**self.tau
-
-    @property
-    def operation_bits(self) -> float:
-        """Bits of the value that is multiplied."""
-        return 1.0
-
-    def scale_count(self, kernel_shape: Shape) -> int:
-        """One scale for each output channel."""
-        return kernel_shape[-1]
-
-    def multiply_accumulates(self, kernel_shape: Shape) -> float:
-        """Products with sums for each output position; a sum without product counts half.
+    def cost(self, kernel_shape: Shape) -> Cost:
+        """What a kernel costs.
 
         With fewer patterns than output channels every input channel meets each pattern once, and each output channel
-        sums up what it is made of: ``I * (9 n + O / 2)``.
+        sums up what it is made of: ``I * (9 n + O / 2)`` products with sums, a sum without product counting half. With
+        all patterns an index is the pattern itself, and no table is stored.
         """
-        num_in, num_out = kernel_shape[-2:]
-        if 2**self.tau >= num_out:
-            return float(math.prod(kernel_shape))
-        return num_in * (ops.POSITIONS * 2**self.tau + num_out / 2)
+        (num_in, num_out), patterns = kernel_shape[-2:], 2**self.tau
+        shared = num_in * (ops.POSITIONS * patterns + num_out / 2)
+        return Cost(
+            stored_bits=self.tau / ops.POSITIONS,
+            operation_bits=1.0,
+            multiply_accumulates=float(math.prod(kernel_shape)) if patterns >= num_out else shared,
+            codebook_bits=0 if self.tau == ops.POSITIONS else ops.POSITIONS * patterns,
+            scales=num_out,
+        )
 
 
 def _random_codebook(key: jax.Array, count: int) -> jax.Array:

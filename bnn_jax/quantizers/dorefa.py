@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from bnn_jax.ops import uniform
 from bnn_jax.quantizers.base import (
     ActQuantizer,
+    Cost,
     Encoded,
     QuantContext,
     Shape,
     WeightQuantizer,
     encode_integers,
+    plain_cost,
     validate_bits,
 )
 
@@ -40,8 +42,8 @@ class DorefaWeight(WeightQuantizer):
             raise ValueError(f"dorefa weight quantizer: one_bit={self.one_bit!r}: accepted are 'sign', 'levels'")
         super().__post_init__()
 
-    def scale_count(self, kernel_shape: Shape) -> int:
-        return 1
+    def cost(self, kernel_shape: Shape) -> Cost:
+        return plain_cost(kernel_shape, self.bits, scales=1)
 
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         return self.quantize(latent)

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 
 from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T, Knob
 from bnn_jax.ops import balance, ste
-from bnn_jax.quantizers.base import ActQuantizer, Encoded, QuantContext, Shape, WeightQuantizer, encode_integers
+from bnn_jax.quantizers.base import (
+    ActQuantizer,
+    Cost,
+    Encoded,
+    QuantContext,
+    Shape,
+    WeightQuantizer,
+    encode_integers,
+    plain_cost,
+)
 
 # Of the gradient alone: the forward pass does not depend on them.
 GRADIENT_KNOBS = (ERROR_DECAY_K, ERROR_DECAY_T)
@@ -34,8 +43,8 @@ class IrNetWeight(WeightQuantizer):
     def knobs(self) -> tuple[Knob, ...]:
         return GRADIENT_KNOBS
 
-    def scale_count(self, kernel_shape: Shape) -> int:
-        return kernel_shape[-1]
+    def cost(self, kernel_shape: Shape) -> Cost:
+        return plain_cost(kernel_shape, self.bits, scales=kernel_shape[-1])
 
     def __call__(self, latent: jax.Array, ctx: QuantContext) -> jax.Array:
         standardized = balance.standardize(latent)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bnn_jax.knobs import Knob
 from bnn_jax.ops import pruning
-from bnn_jax.quantizers.base import Encoded, Initializer, QuantContext, Shape, WeightQuantizer
+from bnn_jax.quantizers.base import Cost, Encoded, Initializer, QuantContext, Shape, WeightQuantizer
 
 PATTERNS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "filter": pruning.filter_mask,
@@ -60,23 +60,8 @@ class Pruned(WeightQuantizer):
     def setup(self):
         self.quantizer = self.inner()
 
-    @property
-    def stored_bits(self) -> float:
-        return self.inner(parent=None).stored_bits
-
-    @property
-    def codebook_bits(self) -> int:
-        return self.inner(parent=None).codebook_bits
-
-    def scale_count(self, kernel_shape: Shape) -> int:
-        return self.inner(parent=None).scale_count(kernel_shape)
-
-    @property
-    def operation_bits(self) -> float:
-        return self.inner(parent=None).operation_bits
-
-    def multiply_accumulates(self, kernel_shape: Shape) -> float:
-        return self.inner(parent=None).multiply_accumulates(kernel_shape)
+    def cost(self, kernel_shape: Shape) -> Cost:
+        return self.inner(parent=None).cost(kernel_shape)
 
     @property
     def pictures(self) -> frozenset[str]:

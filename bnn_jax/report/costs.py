@@ -23,8 +23,7 @@ Definitions, the same for every network and method:
   bits per weight are fewer.
 - activation bits: those of the values a layer really multiplies, see ``activation_bits_of_layers``.
 
-Every figure of a method comes from its weight quantizer: ``stored_bits``, ``codebook_bits``, ``scale_count``,
-``operation_bits`` and ``multiply_accumulates``.
+Every figure of a method comes from its weight quantizer's ``cost``.
 
 Reference: the sizes and costs published with SNN (arXiv 2110.09195; release: yikaiw/SNN: README) are the quantized bits
 and the bit operations; the formula of the sharing was inferred from them.
@@ -320,9 +319,9 @@ def _layer(path: str, noted: _Noted, activation_bits: float, with_kernel: list[s
     shape = noted.kernel_shape or ()
     weights = math.prod(shape) if shape else 0
     # A copy outside the network, only to be asked; where there is no kernel, the quantizer that does nothing.
-    quantizer = noted.module.weight_quantizer(parent=None) if shape else WeightQuantizer(parent=None)
-    quantized = quantizer.stored_bits < FLOAT_BITS
-    floats = noted.other_parameters + noted.statistics + (quantizer.scale_count(shape) if quantized else noted.latent)
+    cost = (noted.module.weight_quantizer(parent=None) if shape else WeightQuantizer(parent=None)).cost(shape)
+    quantized = cost.stored_bits < FLOAT_BITS
+    floats = noted.other_parameters + noted.statistics + (cost.scales if quantized else noted.latent)
     return LayerComplexity(
         path=path,
         kind=noted.kind,
@@ -330,16 +329,16 @@ def _layer(path: str, noted: _Noted, activation_bits: float, with_kernel: list[s
         output_shape=noted.output_shape,
         parameters=noted.latent + noted.codebook + noted.other_parameters,
         weights=weights,
-        weight_bits=quantizer.stored_bits,
-        operation_bits=quantizer.operation_bits,
+        weight_bits=cost.stored_bits,
+        operation_bits=cost.operation_bits,
         activation_bits=activation_bits,
         # Every output position takes one multiply-accumulate per weight.
         macs=noted.positions * weights,
-        shared_macs=noted.positions * quantizer.multiply_accumulates(shape) if shape else 0.0,
+        shared_macs=noted.positions * cost.multiply_accumulates if shape else 0.0,
         quantized=quantized,
         full_precision_because="" if quantized else _reason(path, noted.kind, with_kernel),
-        quantized_bits=round(quantizer.stored_bits * weights) if quantized else 0,
-        codebook_bits=quantizer.codebook_bits,
+        quantized_bits=round(cost.stored_bits * weights) if quantized else 0,
+        codebook_bits=cost.codebook_bits,
         full_precision_bits=FLOAT_BITS * floats,
     )
 

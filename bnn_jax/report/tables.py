@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bnn_jax.report.costs import FLOAT_BITS, Complexity, LayerComplexity
-from bnn_jax.stages import IDENTITY, Spec, Stage, parse_reference
+from bnn_jax.stages import IDENTITY, Inherit, Spec, Stage, Teacher, parse_reference
 
 WIDTH = 100
 MISSING = "-"
@@ -76,7 +76,7 @@ def stages_table(stages: Sequence[Stage]) -> Table:
             describe_quantizer(stage.quant.act),
             str(stage.optim.epochs) if stage.kind == "train" else MISSING,
             describe_schedule(stage.optim.learning_rate) if stage.kind == "train" else MISSING,
-            describe_reference(stage.init_from),
+            describe_reference(stage.inherit),
             describe_reference(stage.teacher),
         )
     return table
@@ -237,11 +237,11 @@ def describe_schedule(spec: Spec) -> str:
     return spec.name
 
 
-def describe_reference(text: str | None) -> str:
+def describe_reference(record: Inherit | Teacher | None) -> str:
     """Where variables come from: 'w8a8', 'w8a8 (best)', a file's name, or '-'."""
-    if text is None:
+    if record is None:
         return MISSING
-    reference = parse_reference(text)
+    reference = parse_reference(record.source)
     if reference.kind == "file":
         return os.path.basename(reference.target)
     return f"{reference.target} (best)" if reference.which == "best" else reference.target

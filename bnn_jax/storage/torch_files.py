@@ -95,7 +95,8 @@ class _Tensors:
           file_bytes: size of the file.
           byte_order: '<' or '>'.
         """
-        self._read, self._byte_order = read, byte_order
+        self._read = read
+        self._byte_order: Literal["<", ">"] = byte_order
         self._storages: dict[str, np.ndarray] = {}
         self._count = 0
         self._bytes_left = 2 * file_bytes + SPARE_BYTES
@@ -143,8 +144,10 @@ class _Tensors:
             raise UserError("damaged: a tensor with a negative or malformed shape")
         self._count += 1
         self._bytes_left -= math.prod(sizes) * storage.itemsize
-        if self._count > MAX_TENSORS or self._bytes_left < 0:
-            raise UserError(f"damaged or refused: more than {MAX_TENSORS} tensors, or many times the size of the file")
+        if self._count > MAX_TENSORS:
+            raise UserError(f"refused: it has more than {MAX_TENSORS} tensors")
+        if self._bytes_left < 0:
+            raise UserError("damaged, or refused: its tensors have many times the size of the file")
         steps = tuple(stride * storage.itemsize for stride in strides)
         return np.ndarray(sizes, storage.dtype, storage.data, offset * storage.itemsize, steps)
 

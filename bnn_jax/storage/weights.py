@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax import files
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.quantizers.base import Encoded, WeightQuantizer, evaluation_context
 
@@ -66,10 +67,8 @@ def save_weights(path: Path, encoded: Mapping[str, Encoded]) -> None:
         parts = {"kernel": weights.decode(), "indices": weights.indices, "levels": weights.levels}
         parts["scale"] = weights.scale
         arrays.update({f"{layer}/{name}": np.asarray(value) for name, value in parts.items()})
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with files.replacing(path, binary=True) as file:
         np.savez_compressed(file, **arrays)
-    temporary.replace(path)
 
 
 def put_base(variables: dict[str, Any], fresh: dict[str, Any], encoded: Mapping[str, Encoded]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
-from bnn_jax.training.seeds import Seeds, one_seed
+from bnn_jax.training.seeds import ONE_SEED, Seeds
 from bnn_jax.training.step import PrepareEval, compile_eval_step
 
 
@@ -27,7 +27,7 @@ class Evaluator:
       devices: placement.
       workers: processes that read images that are not in memory; 0: threads.
       choice: int (searched layers,), branches of a supernet; None for networks without.
-      seeds: those whose variables are evaluated side by side; None: there is one.
+      seeds: those whose variables are evaluated side by side.
     """
 
     def __init__(
@@ -40,12 +40,10 @@ class Evaluator:
         devices: Devices,
         workers: int = 0,
         choice: Sequence[int] | None = None,
-        seeds: Seeds | None = None,
+        seeds: Seeds = ONE_SEED,
     ):
-        self._seeds = seeds or one_seed(0)
-        self._step = compile_eval_step(
-            network, prepare, devices, with_choice=choice is not None, num_seeds=self._seeds.count
-        )
+        self._seeds = seeds
+        self._step = compile_eval_step(network, prepare, devices, with_choice=choice is not None, seeds=self._seeds)
         self._choice = () if choice is None else (np.asarray(choice, np.int32),)
         self._devices, self._batch_size = devices, batch_size
         self._feeds = {name: Feed(split, devices, workers=workers) for name, split in splits.items()}

@@ -26,7 +26,7 @@ from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.feed import Dispatch, Feed
 from bnn_jax.training.interrupt import Agreement, StopRequest
 from bnn_jax.training.progress import Progress, speed_text
-from bnn_jax.training.seeds import Seeds, one_seed, over
+from bnn_jax.training.seeds import Seeds
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import Constants, StepParts, compile_end_of_epoch, compile_train_steps
 
@@ -35,6 +35,29 @@ from bnn_jax.training.step import Constants, StepParts, compile_end_of_epoch, co
 DISPATCHES_AHEAD = 2
 SLOW_DISPATCH_SECONDS = 0.5
 MOST_STEPS_PER_DISPATCH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The objects of a stage.
+
+    Attributes:
+      stage: the stage.
+      source: its images.
+      schedule: its learning rate by step.
+      network: its network, for all but the training steps.
+      parts: what its training step is made of.
+      shapes: shapes of the network's variables, of one seed.
+      seeds: those it is trained with, side by side.
+    """
+
+    stage: Stage
+    source: ImageSource
+    schedule: Schedule
+    network: Any
+    parts: StepParts
+    shapes: dict[str, Any]
+    seeds: Seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +133,7 @@ class StageLoop:
     """Trains one stage, of one seed or of several at once; the images of all seeds count in images per second.
 
     Args:
-      stage: the stage.
-      parts: what its step is made of.
-      schedule: its learning rate, for the record.
-      source: its data.
+      setup: the stage.
       teacher: the teacher's variables, or {}.
       evaluator: evaluates the network on the held-out splits; must know 'test', may know 'validation'. Of the same
         seeds.
@@ -122,16 +142,12 @@ class StageLoop:
       options: how it is run.
       devices: placement.
       choice: branches of a supernet that are trained, or None.
-      seeds: those that are trained side by side; None: the stage's own.
     """
 
     def __init__(
         self,
-        stage: Stage,
-        parts: StepParts,
+        setup: Setup,
         *,
-        schedule: Schedule,
-        source: ImageSource,
         teacher: Any,
         evaluator: Evaluator,
         store: CheckpointStore,
@@ -139,16 +155,14 @@ class StageLoop:
         options: LoopOptions,
         devices: Devices,
         choice: Sequence[int] | None = None,
-        seeds: Seeds | None = None,
     ):
-        self.stage, self.schedule, self.source, self.evaluator = stage, schedule, source, evaluator
+        stage, source, parts = setup.stage, setup.source, setup.parts
+        self.stage, self.schedule, self.source, self.evaluator = stage, setup.schedule, source, evaluator
         self.store, self.metrics_path, self.options, self.devices = store, metrics_path, options, devices
         self.knobs = parts.knobs
-        self.seeds = seeds or one_seed(stage.seed)
-        self.run_steps = compile_train_steps(
-            parts, devices, num_seeds=self.seeds.count, own_teachers=self.seeds.own_teachers
-        )
-        self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices, num_seeds=self.seeds.count)
+        self.seeds = setup.seeds
+        self.run_steps = compile_train_steps(parts, devices, seeds=self.seeds)
+        self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices, seeds=self.seeds)
         self.feed = Feed(source.train, devices, workers=options.workers)
         images, labels = self.feed.arrays
         branches = None if choice is None else np.asarray(choice, np.int32)
@@ -307,7 +321,7 @@ class StageLoop:
         }
 
     def _save(self, state: TrainState, clock: EpochClock, *, evaluated: bool, selection: float | None) -> None:
-        finite = np.asarray(over(_all_finite, self.seeds.count)(state.variables))
+        finite = np.asarray(self.seeds.over(_all_finite)(state.variables))
         if not finite.all():
             # As above; no broken state may take the place of a good one.
             self._refuse_non_finite(state.steps_done, finite)

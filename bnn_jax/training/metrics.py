@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bnn_jax import hosts
+from bnn_jax import files, hosts
 from bnn_jax.errors import UserError
 
 
@@ -62,9 +62,8 @@ def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     records = read(path)
     kept = [record for record in records if record["step"] <= step]
     if path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(path)
+        with files.replacing(path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
     return kept
 
 
@@ -76,12 +75,10 @@ def write_csv(records: list[dict[str, Any]], path: Path) -> None:
       path: file to write, in one step.
     """
     columns = list(dict.fromkeys(key for record in records for key in record))
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with files.replacing(path) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(records)
-    temporary.replace(path)
 
 
 def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:

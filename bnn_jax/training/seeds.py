@@ -4,7 +4,8 @@ State, variables and a teacher that was trained for each seed are stacked, (N, .
 images, schedules and a teacher that all share are not. Seed i computes what a run of that seed alone computes, within
 rounding: XLA turns N convolutions with weights of their own into one, which adds in another order.
 
-With one seed every function here hands back what it was given: no program and no number is another than without it.
+With one seed every function here hands back what it was given, so nothing changes. What is written for one seed goes
+through a ``Seeds`` wherever several differ; nothing else knows how many there are.
 """
 
 import dataclasses
@@ -25,11 +26,13 @@ class Seeds:
     Attributes:
       names: seed of the run that each one stands for, for records and messages.
       orders: its seed of the order of the images in this stage.
+      initials: its seed of the initial variables in this stage.
       own_teachers: whether each has a teacher of its own, so that the teacher's variables are stacked.
     """
 
     names: tuple[int, ...]
     orders: tuple[int, ...]
+    initials: tuple[int, ...]
     own_teachers: bool = False
 
     @property
@@ -49,9 +52,30 @@ class Seeds:
         plans = [index_plan(order, epoch, **options) for order in self.orders]
         return np.stack([indices for indices, _ in plans], axis=1), np.stack([mask for _, mask in plans], axis=1)
 
+    def over(self, function: Callable, *, in_axes: Any = 0) -> Callable:
+        """``function`` of one seed for all at once.
+
+        Args:
+          function: of one seed.
+          in_axes: as for ``jax.vmap``: 0 for arguments of each seed, None for those they share.
+        """
+        return function if self.count == 1 else jax.vmap(function, in_axes=in_axes)
+
+    def stack(self, each: Sequence[Any]) -> Any:
+        """One pytree of those of all seeds, in new buffers: every leaf gets a first axis of length N."""
+        return each[0] if self.count == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    def shapes(self, tree: Any) -> Any:
+        """What ``stack`` makes of such shapes."""
+        if self.count == 1:
+            return tree
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.count, *leaf.shape), leaf.dtype), tree)
+
     def unstack(self, tree: Any) -> list[Any]:
         """The part of each seed."""
-        return [tree] if self.count == 1 else [take(tree, index) for index in range(self.count)]
+        if self.count == 1:
+            return [tree]
+        return [jax.tree.map(lambda leaf: leaf[index], tree) for index in range(self.count)]  # noqa: B023 - used at once
 
     def summary(self, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What a record says of all seeds: for every float its mean, and as NAME_sd its standard deviation (n - 1).
@@ -84,35 +108,11 @@ class Seeds:
 
 def one_seed(seed: int) -> Seeds:
     """A stage with the seed ``seed`` and no other."""
-    return Seeds(names=(seed,), orders=(seed,))
+    return Seeds(names=(seed,), orders=(seed,), initials=(seed,))
 
 
-def over(function: Callable, count: int, *, in_axes: Any = 0) -> Callable:
-    """``function`` for ``count`` seeds at once; with one seed the function itself.
-
-    Args:
-      function: of one seed.
-      count: number of seeds.
-      in_axes: as for ``jax.vmap``: 0 for arguments of each seed, None for those they share.
-    """
-    return function if count == 1 else jax.vmap(function, in_axes=in_axes)
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """One pytree of those of N seeds, in new buffers: every leaf gets a first axis of length N."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def stack_shapes(tree: Any, count: int) -> Any:
-    """What ``stack`` makes of the shapes of ``count`` such pytrees; with one seed the shapes themselves."""
-    if count == 1:
-        return tree
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), tree)
-
-
-def take(tree: Any, index: int) -> Any:
-    """The part of the seed at a place of a stacked pytree."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+# One seed, whichever it is: for programs that do not ask.
+ONE_SEED = one_seed(0)
 
 
 def table_row(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bnn_jax.schedules import Schedule
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Rows, fetch
 from bnn_jax.training.projections import Projection, Update
-from bnn_jax.training.seeds import over
+from bnn_jax.training.seeds import ONE_SEED, Seeds
 from bnn_jax.training.state import TrainState
 
 # Metrics that are numbers of images; the others are means over a step's images.
@@ -365,9 +365,7 @@ def _add_metrics(sums: dict[str, jax.Array], metrics: dict[str, jax.Array], step
     return {**new, "non_finite_step": jnp.where(first, step, sums["non_finite_step"])}
 
 
-def compile_train_steps(
-    parts: StepParts, devices: Devices, *, num_seeds: int = 1, own_teachers: bool = False
-) -> Callable:
+def compile_train_steps(parts: StepParts, devices: Devices, *, seeds: Seeds = ONE_SEED) -> Callable:
     """Jitted function of (state, constants, rows (K, N), mask (K, N)) that runs K steps in one dispatch.
 
     The rows of a step are indices or, where images are read as they are needed, images and labels; see ``train_step``.
@@ -376,11 +374,10 @@ def compile_train_steps(
     Args:
       parts: static parts.
       devices: placement.
-      num_seeds: S; with more than one the state is stacked, rows and mask are (K, S, N), the metrics (K, S).
-      own_teachers: whether the teacher's variables are stacked too; else all seeds share one.
+      seeds: of several, S, the state is stacked, rows and mask are (K, S, N), the metrics (K, S).
     """
-    shared = Constants(images=None, labels=None, teacher=0 if own_teachers else None)
-    step = over(functools.partial(train_step, parts), num_seeds, in_axes=(0, shared, 0, 0))
+    shared = Constants(images=None, labels=None, teacher=0 if seeds.own_teachers else None)
+    step = seeds.over(functools.partial(train_step, parts), in_axes=(0, shared, 0, 0))
 
     def run(state: TrainState, constants: Constants, rows: Rows, mask: jax.Array):
         length = mask.shape[0]
@@ -399,7 +396,7 @@ def compile_train_steps(
 
 
 def compile_end_of_epoch(
-    objectives: Sequence[Objective], devices: Devices, *, num_seeds: int = 1
+    objectives: Sequence[Objective], devices: Devices, *, seeds: Seeds = ONE_SEED
 ) -> Callable[[TrainState], TrainState]:
     """Jitted function that lets the objectives close the epoch and clears the epoch's sums, of one seed or several."""
 
@@ -413,18 +410,18 @@ def compile_end_of_epoch(
         sums["non_finite_step"] = jnp.full((), -1, jnp.int32)
         return state.replace(objective_state=states, metric_sums=sums)
 
-    run = over(end_of_epoch, num_seeds)
+    run = seeds.over(end_of_epoch)
     return jax.jit(run, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)
 
 
 def compile_eval_step(
-    network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False, num_seeds: int = 1
+    network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False, seeds: Seeds = ONE_SEED
 ) -> Callable:
     """Jitted function of (variables, images, labels, rows (N,), mask (N,)) -> sums over the valid rows.
 
     The rows are indices or, with None for images and labels, images and labels themselves; see ``fetch``.
 
-    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet. With more than one seed
+    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet. Of several seeds
     the variables are stacked, and so are the sums; such a network has no branches.
 
     The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among
@@ -447,5 +444,5 @@ def compile_eval_step(
 
     replicated, rows = devices.replicated, devices.rows
     last = (replicated,) if with_choice else ()
-    run = over(run, num_seeds, in_axes=(0, None, None, None, None))
+    run = seeds.over(run, in_axes=(0, None, None, None, None))
     return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows, *last), out_shardings=replicated)

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from bnn_jax import data, networks
 from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.experiment import start
-from bnn_jax.experiment.build import Run, assemble
+from bnn_jax.experiment.build import Experiment, make_experiment, set_up
 from bnn_jax.experiment.config import validate
 from bnn_jax.quantizers.base import Shape
 from bnn_jax.stages import QuantSpec, Spec, Stage, parse_reference, to_json
@@ -46,9 +46,9 @@ def of_two_folds(stages: tuple[Stage, ...]) -> list[Stage]:
     return [stage for stage in stages if not re.fullmatch(r"finetune_([2-9]|\d\d)", stage.name)]
 
 
-def run_of(name: str, variant: str = "") -> Run:
+def run_of(name: str, variant: str = "") -> Experiment:
     config = importlib.import_module(f"configs.{name}").get_config(variant)
-    return Run(validate(config.to_dict()), Path("unused"))
+    return make_experiment(validate(config.to_dict()))
 
 
 # ---- the stages as data
@@ -144,14 +144,6 @@ def variable_shapes_of(stage: Stage) -> Any:
     return variable_shapes(stage.network, stage.quant, data.describe(stage.data), stage.compute_dtype)
 
 
-def teacher_of(run: Run, stage: Stage) -> Stage:
-    """A stage with the network of a stage's teacher."""
-    reference = parse_reference(stage.teacher)
-    if reference.kind == "stage":
-        return run.find(reference.target)
-    return dataclasses.replace(stage, network=stage.teacher_network, quant=QuantSpec())
-
-
 def winner_shape(network: Any) -> jax.ShapeDtypeStruct:
     """Shape of a path of a supernet."""
     return jax.ShapeDtypeStruct((len(network.branch_patterns),), jnp.int32)
@@ -162,18 +154,18 @@ def shapes_of_one_step(name: str, index: int) -> tuple[TrainState, TrainState, d
     """Shapes of the state of a stage before and after a step, and of the step's metrics."""
     run = run_of(name)
     stage = run.stages[index]
-    assembly = assemble(run, stage, stand_in(stage))
-    source = assembly.source
-    teacher = {} if stage.teacher is None else variable_shapes_of(teacher_of(run, stage))
+    setup = set_up(run, stage, stand_in(stage))
+    source = setup.source
+    teacher = {} if stage.teacher is None else variable_shapes_of(run.teacher_stage(stage))
     constants = Constants(
         images=jax.ShapeDtypeStruct(source.train.images.shape, jnp.uint8),
         labels=jax.ShapeDtypeStruct(source.train.labels.shape, jnp.int32),
         teacher=teacher,
-        choice=None if stage.choice in (None, "uniform") else winner_shape(assembly.network),
+        choice=winner_shape(setup.network) if stage.trains_winner else None,
     )
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
-    before = assembly.state_shapes(all_devices())
-    after, metrics = jax.eval_shape(functools.partial(train_step, assembly.parts), before, constants, *rows)
+    before = start.state_shapes(setup, all_devices())
+    after, metrics = jax.eval_shape(functools.partial(train_step, setup.parts), before, constants, *rows)
     return before, after, metrics
 
 
@@ -225,7 +217,7 @@ def test_the_smoke_variant_runs_the_same_programs(name):
     own = smoke[name in TEACHER_FROM_FILE :]
     assert [program_of(stage) for stage in own] == [program_of(stage) for stage in of_two_folds(full)]
     if len(own) < len(smoke):
-        assert (smoke[0].network, smoke[0].quant) == (full[0].teacher_network, QuantSpec())
+        assert (smoke[0].network, smoke[0].quant) == (full[0].teacher.network, full[0].teacher.quant)
 
 
 def flat_shapes(stage: Stage, collection: str) -> dict[str, Any]:
@@ -238,12 +230,12 @@ def flat_shapes(stage: Stage, collection: str) -> dict[str, Any]:
 def test_a_stage_starts_from_variables_of_the_shapes_it_copies(name):
     run = run_of(name)
     for stage in run.stages:
-        if stage.init_from is None or parse_reference(stage.init_from).kind == "file":
+        if stage.inherit is None or parse_reference(stage.inherit.source).kind == "file":
             continue
-        before = run.find(parse_reference(stage.init_from).target)
-        for collection in stage.transfer:
+        before = run.stage_behind(stage.inherit.source, stage)
+        for collection in stage.inherit.collections:
             copied, own = (flat_shapes(s, collection) for s in (before, stage))
-            new = {path for path in own if any(re.search(pattern, path) for pattern in stage.may_be_new)}
+            new = {path for path in own if any(re.search(pattern, path) for pattern in stage.inherit.may_be_new)}
             # What may be new is new: a pattern that fits nothing, or something that is copied, would hide a mistake.
             assert not new & copied.keys()
             assert {path: shape for path, shape in own.items() if path not in new} == copied

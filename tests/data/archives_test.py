@@ -115,7 +115,7 @@ def test_batches_written_by_python_3_are_read(tmp_path, protocol):
     batch = makers.part(expected.train, 0)
     content = {
         "data": batch.images.transpose(0, 3, 1, 2).reshape(len(batch.images), -1),
-        "labels": batch.labels["label"].tolist(),
+        "labels": list(batch.labels["label"].astype(np.uint8)),
     }
     files["cifar-10-batches-py/data_batch_1"] = pickle.dumps(content, protocol=protocol)
     _assert_equal(archives.read("cifar10", makers.write_archive(tmp_path / "a.tar.gz", files)).train, expected.train)

@@ -282,14 +282,15 @@ def test_without_a_fitting_draw_the_largest_central_part_is_taken(height, width,
     [(375, 500, (256, 341)), (500, 375, (341, 256)), (256, 256, (256, 256)), (100, 301, (256, 770))],
 )
 def test_the_longer_side_is_cut_off_to_an_integer(height, width, expected):
-    assert augment.shorter_side_size(height, width, 256) == expected
+    assert augment.resize_shorter_side(Image.new("RGB", (width, height)), 256).size == expected[::-1]
 
 
-def test_the_centre_is_the_one_of_the_published_programs():
-    assert augment.evaluation_side(224) == 256
-    assert augment.evaluation_side(32) == 37
-    # Offsets of 58.5 and 59.5 pixels: Python rounds both to an even number.
-    assert augment.central_box(341, 343, 224) == (58, 60, 224, 224)
+def test_half_a_pixel_beside_the_centre_goes_to_the_even_offset():
+    rows, columns = np.meshgrid(np.arange(341), np.arange(343) % 256, indexing="ij")
+    pixels = np.stack([rows % 256, columns, rows // 256], axis=-1).astype(np.uint8)
+    # 341 is the shorter side already, round(298 * 256 / 224): offsets of 21.5 and 22.5 pixels.
+    found = augment.evaluation_image(makers.encoded(Image.fromarray(pixels), "PNG"), 298)
+    np.testing.assert_array_equal(found, pixels[22 : 22 + 298, 22 : 22 + 298])
 
 
 def _plain_evaluation(image, size, side):

@@ -12,13 +12,16 @@ import pytest
 
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.experiment import start
-from bnn_jax.experiment.build import Assembly, Run, assemble, teacher_variables
+from bnn_jax.experiment.build import make_experiment, set_up
 from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.experiment.load import SavedVariables
 from bnn_jax.networks import build
 from bnn_jax.quantizers import QuantContext
-from bnn_jax.stages import QuantSpec, spec
+from bnn_jax.stages import QuantSpec, Teacher, spec
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.loop import Setup
 from bnn_jax.training.projections import RefillCodebooks
 from configs import snn_resnet20
 from tests.configs.configs_test import stand_in
@@ -27,11 +30,17 @@ TEACHER = spec("standard_resnet20", stage_sizes=(1, 1, 1), widths=(4, 4, 4))
 IMAGES = np.random.RandomState(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
 
 
-def assembled(folder: Path, **changes: Any) -> tuple[Run, Assembly]:
-    """A run of SNN and the parts of its last stage, with some of that stage's fields changed."""
-    run = Run(validate(snn_resnet20.get_config("smoke").to_dict()), folder / "run")
-    stage = dataclasses.replace(run.stages[-1], **changes)
-    return run, assemble(run, stage, stand_in(stage))
+EXPERIMENT = make_experiment(validate(snn_resnet20.get_config("smoke").to_dict()))
+
+
+def set_up_with(**changes: Any) -> Setup:
+    """The last stage of SNN with some of its fields changed."""
+    stage = dataclasses.replace(EXPERIMENT.stages[-1], **changes)
+    return set_up(EXPERIMENT, stage, stand_in(stage))
+
+
+def teacher_variables(setup: Setup, folder: Path) -> dict[str, Any]:
+    return SavedVariables(EXPERIMENT, RunFolder(folder, EXPERIMENT.stages)).of_teacher(setup)
 
 
 def save(folder: Path, network: Any) -> dict[str, Any]:
@@ -45,31 +54,31 @@ def save(folder: Path, network: Any) -> dict[str, Any]:
     return variables
 
 
-def test_the_projections_of_a_stage_are_built(tmp_path) -> None:
-    _, assembly = assembled(tmp_path, projections=(spec("refill_codebooks", maintenance="release"),))
-    assert assembly.parts.projections == (RefillCodebooks("release"),)
-    assert assembled(tmp_path, projections=())[1].parts.projections == ()
+def test_the_projections_of_a_stage_are_built() -> None:
+    setup = set_up_with(projections=(spec("refill_codebooks", maintenance="release"),))
+    assert setup.parts.projections == (RefillCodebooks("release"),)
+    assert set_up_with(projections=()).parts.projections == ()
 
 
 def test_a_teacher_file_may_be_of_another_network_in_full_precision(tmp_path) -> None:
     network = build(TEACHER, QuantSpec(), num_classes=10)
     variables = save(tmp_path / "teacher", network)
-    run, assembly = assembled(tmp_path, teacher=f"file:{tmp_path / 'teacher'}", teacher_network=TEACHER)
-    own = teacher_variables(run, assembly)
+    setup = set_up_with(teacher=Teacher(f"file:{tmp_path / 'teacher'}", TEACHER))
+    own = teacher_variables(setup, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, own["params"], variables["params"])
-    logits = assembly.parts.teacher.apply(own, IMAGES, QuantContext()).logits
+    logits = setup.parts.teacher.apply(own, IMAGES, QuantContext()).logits
     np.testing.assert_array_equal(logits, network.apply(variables, IMAGES, QuantContext()).logits)
 
 
 def test_without_a_network_of_its_own_a_teacher_file_is_of_the_stages_network(tmp_path) -> None:
     save(tmp_path / "teacher", build(TEACHER, QuantSpec(), num_classes=10))
-    run, assembly = assembled(tmp_path, teacher=f"file:{tmp_path / 'teacher'}", teacher_network=None)
-    shapes = start.variable_shapes(assembly.parts.teacher, IMAGES.shape[1:])
-    assert jax.tree.structure(shapes) == jax.tree.structure(assembly.shapes)
+    setup = set_up_with(teacher=Teacher(f"file:{tmp_path / 'teacher'}"))
+    shapes = start.variable_shapes(setup.parts.teacher, IMAGES.shape[1:])
+    assert jax.tree.structure(shapes) == jax.tree.structure(setup.shapes)
     with pytest.raises(CheckpointError, match="another network"):
-        teacher_variables(run, assembly)
+        teacher_variables(setup, tmp_path)
 
 
-def test_an_objective_that_needs_a_teacher_needs_one(tmp_path) -> None:
+def test_an_objective_that_needs_a_teacher_needs_one() -> None:
     with pytest.raises(UserError, match="stage sub_bit: an objective needs a teacher, and the stage names none"):
-        assembled(tmp_path, teacher=None)
+        set_up_with(teacher=None)

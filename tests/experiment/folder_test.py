@@ -118,23 +118,14 @@ def test_a_damaged_config_file_is_named(tmp_path, content):
 # ---- files
 
 
-def test_json_is_written_in_one_step(tmp_path, monkeypatch):
-    path = tmp_path / "result.json"
-    run_folder.write_json(path, {"top1": 1.0})
-    monkeypatch.setattr(json, "dump", lambda *args, **options: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        run_folder.write_json(path, {"top1": 2.0})
-    assert run_folder.read_json(path) == {"top1": 1.0}
-
-
 def test_no_result_is_no_error(tmp_path):
-    assert run_folder.read_result(tmp_path) is None
+    assert run_folder.read_json(tmp_path / "result.json") is None
 
 
 def test_a_damaged_result_is_named(tmp_path):
     (tmp_path / "result.json").write_text('{"top1": 1')
     with pytest.raises(UserError, match=r"result\.json is damaged; move it away to make it anew"):
-        run_folder.read_result(tmp_path)
+        run_folder.read_json(tmp_path / "result.json")
 
 
 def test_what_is_in_the_way_is_moved_aside_with_the_first_free_number(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -5,13 +6,18 @@ import numpy as np
 import pytest
 
 from bnn_jax.errors import Interrupted
-from bnn_jax.experiment import search as search_stage
+from bnn_jax.experiment import search
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.experiment.results import winners
 from bnn_jax.report import tables
 from bnn_jax.search.evolution import Settings
 from bnn_jax.search.folds import make_folds
 from bnn_jax.stages import DataSpec, OptimSpec, QuantSpec, Stage, spec
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.progress import Progress
+
+OPTIM = OptimSpec(spec("sgd"), spec("constant", value=0.1), epochs=1, batch_size=8)
+STAGE = Stage("search", spec("x"), QuantSpec(), DataSpec("digits"), (), OPTIM)
 
 
 def result(fold, **changes):
@@ -20,34 +26,44 @@ def result(fold, **changes):
     return {**row, "tuned_top1": 55.0 + fold, "last_top1": 54.0, **changes}
 
 
+def folder_of(path, *results):
+    """A run folder in which the stages of these results are finished; one more is not."""
+    stages = tuple(dataclasses.replace(STAGE, name=f"stage_{index}") for index in range(len(results) + 1))
+    folder = RunFolder(path, stages)
+    for name, content in zip(folder.names, results):
+        folder.stage(name).mkdir()
+        (folder.stage(name) / "result.json").write_text(json.dumps(content))
+    return folder
+
+
 def text_of(table):
     file = io.StringIO()
     tables.show(table, file=file)
     return " ".join(file.getvalue().split())
 
 
-def test_winners_are_rows_with_mean_and_deviation_and_a_common_column():
-    winners = search_stage.winners([{"stage": "supernet", "last_top1": 1.0}, *map(result, range(3))])
-    assert [row["fold"] for row in winners["rows"]] == [0, 1, 2]
-    assert winners["statistics"]["tuned_top1"] == {"mean": 56.0, "deviation": 1.0, "lowest": 55.0, "highest": 57.0}
-    assert winners["correlation"] == pytest.approx(-1)
+def test_winners_are_rows_with_mean_and_deviation_and_a_common_column(tmp_path):
+    found = winners(folder_of(tmp_path, {"stage": "supernet", "last_top1": 1.0}, *map(result, range(3))))
+    assert [row["fold"] for row in found["rows"]] == [0, 1, 2]
+    assert found["statistics"]["tuned_top1"] == {"mean": 56.0, "deviation": 1.0, "lowest": 55.0, "highest": 57.0}
+    assert found["correlation"] == pytest.approx(-1)
     # A quarter of the images is in the fold.
-    assert winners["rows"][0]["combined_top1"] == pytest.approx(60 / 4 + 50 * 3 / 4)
-    text = text_of(tables.winners_table(winners))
+    assert found["rows"][0]["combined_top1"] == pytest.approx(60 / 4 + 50 * 3 / 4)
+    text = text_of(tables.winners_table(found))
     assert "winner path fold full bnfull test" in text
     assert "1 1 1 59.00 50.00 56.00 54.00" in text
     assert "mean 59.00 50.00 56.00 54.00 sd 1.00 0.00 1.00 0.00" in text
     assert "Correlation of fold and bnfull: -1.000" in text
 
 
-def test_a_single_winner_has_no_correlation():
-    winners = search_stage.winners([result(0)])
-    assert winners["correlation"] is None
-    assert "Correlation" not in text_of(tables.winners_table(winners))
+def test_a_single_winner_has_no_correlation(tmp_path):
+    found = winners(folder_of(tmp_path, result(0)))
+    assert found["correlation"] is None
+    assert "Correlation" not in text_of(tables.winners_table(found))
 
 
-def test_without_a_fine_tuned_winner_there_is_no_table():
-    assert search_stage.winners([{"stage": "search", "folds": []}]) is None
+def test_without_a_fine_tuned_winner_there_is_no_table(tmp_path):
+    assert winners(folder_of(tmp_path, {"stage": "search", "folds": []})) is None
 
 
 # ---- searching fold after fold, with made-up accuracies
@@ -57,9 +73,7 @@ SETTINGS = Settings(genes=5, choices=4, population=8, mutations=3, crossovers=3,
 
 
 def search_stage_of(*, one_random_stream: bool) -> Stage:
-    optim = OptimSpec(spec("sgd"), spec("constant", value=0.1), epochs=1, batch_size=8)
-    options = {"one_random_stream": one_random_stream, "seed": 7}
-    return Stage("search", spec("x"), QuantSpec(), DataSpec("digits"), (), optim, search=spec("evolution", **options))
+    return dataclasses.replace(STAGE, search=spec("evolution", one_random_stream=one_random_stream, seed=7))
 
 
 def accuracies(paths, images):
@@ -80,8 +94,8 @@ def run_folds(folder, stage, *, stop_at: int | None = None):
         for fold in range(3):
             path = folder / f"fold_{fold:02d}.json"
             if not path.exists():
-                under_way = search_stage._start(stage, SETTINGS, folder, fold, before)
-                search_stage._search_fold(under_way, FOLDS, evaluate, folder, progress, stop)
+                under_way = search._start(stage, SETTINGS, folder / search.STATE, fold, before)
+                search._search_fold(under_way, FOLDS, evaluate, path, progress, stop)
             before = json.loads(path.read_text())
     return [json.loads(path.read_text()) for path in sorted(folder.glob("fold_*.json"))]
 

@@ -17,19 +17,13 @@ from tests.integration.launching import (
     launch_here,
     launch_program,
     records,
+    refused,
     rungs,
     steps,
 )
 
 RESNET20 = f"--config={ROOT / 'configs' / 'asbq_resnet20.py'}"
 IMAGENET = f"--config={ROOT / 'configs' / 'asbq_resnet18.py'}"
-
-
-def refused(finished: Finished) -> str:
-    """The error line of a launch that was refused before anything was trained."""
-    assert finished.code == 2
-    assert "epoch 1/" not in finished.stderr
-    return finished.error_line
 
 
 # ---- the command line and the config

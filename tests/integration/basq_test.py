@@ -15,8 +15,9 @@ from tests.integration.launching import (
     TIMES,
     assert_same_run,
     launch_here,
-    launch_program,
+    launch_killed,
     launch_well,
+    refused,
     saved_arrays,
     steps,
 )
@@ -99,8 +100,8 @@ def test_evaluate_and_report_know_the_winner(whole):
     folder, printed = whole
     finished = launch_well(*SMOKE, f"--workdir={folder}", "--mode=evaluate", "--stage=finetune_1", "--json")
     assert finished.last_json["top1"] == printed["winners"]["rows"][1]["test_top1"]
-    refused = launch_here(*SMOKE, f"--workdir={folder}", "--mode=evaluate", "--stage=search")
-    assert refused.code == 2 and "trains nothing" in refused.error_line
+    line = refused(launch_here(*SMOKE, f"--workdir={folder}", "--mode=evaluate", "--stage=search"))
+    assert "trains nothing" in line
 
 
 def copy_without(folder: Path, target: Path, stage: str) -> None:
@@ -115,9 +116,7 @@ def test_a_search_killed_in_or_after_a_generation_ends_with_the_same_archive(tmp
     folder, _ = whole
     copied = tmp_path / "run"
     copy_without(folder, copied, SEARCH)
-    arguments = (place, str(count), *SMOKE, f"--workdir={copied}")
-    killed = launch_program(*arguments, program="tests/integration/killed.py")
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed(place, count, *SMOKE, f"--workdir={copied}")
     assert not (copied / SEARCH / "result.json").exists()
     launch_well(*SMOKE, f"--workdir={copied}")
     assert searched(copied) == searched(folder)
@@ -129,9 +128,7 @@ def test_a_phase_killed_after_its_first_step_goes_on_to_the_same_bits(tmp_path, 
     folder, _ = whole
     copied = tmp_path / "run"
     copy_without(folder, copied, stage)
-    arguments = ("saved", "1", *SMOKE, SAVE_ALWAYS, f"--workdir={copied}")
-    killed = launch_program(*arguments, program="tests/integration/killed.py")
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed("saved", 1, *SMOKE, SAVE_ALWAYS, f"--workdir={copied}")
     assert steps(copied / stage) == [1]
     assert not (copied / stage / "result.json").exists()
     finished = launch_well(*SMOKE, f"--workdir={copied}")

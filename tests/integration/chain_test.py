@@ -17,6 +17,7 @@ from tests.integration.launching import (
     launch_here,
     launch_well,
     records,
+    refused,
     result,
     rungs,
     saved_arrays,
@@ -124,10 +125,9 @@ def test_keys_that_say_where_or_how_may_change(chain):
 
 
 def test_another_config_is_refused_with_the_differing_keys(chain):
-    finished = here(chain, "--config.train.momentum=0.5", "--config.asbq.preset=release")
-    assert finished.code == 2
-    assert 'holds a run of another config: config.asbq.preset: "paper" -> "release"' in finished.error_line
-    assert "config.train.momentum: 0.9 -> 0.5" in finished.error_line
+    line = refused(here(chain, "--config.train.momentum=0.5", "--config.asbq.preset=release"))
+    assert 'holds a run of another config: config.asbq.preset: "paper" -> "release"' in line
+    assert "config.train.momentum: 0.9 -> 0.5" in line
 
 
 # ---- evaluate, summary, report
@@ -208,7 +208,7 @@ def no_training(monkeypatch) -> str:
     def fails(*_: Any) -> None:
         raise UserError("as far as this test goes")
 
-    monkeypatch.setattr(train, "_train_stage", fails)
+    monkeypatch.setattr(train, "_run_stage", fails)
     return "error: as far as this test goes"
 
 
@@ -247,9 +247,7 @@ def test_a_chain_runs_where_memory_is_short(tmp_path):
 
 def test_computing_twice_is_refused_for_networks_without_blocks_before_training(tmp_path):
     options = ("--config.network=vgg_small", "--config.train.remat=True", f"--workdir={tmp_path / 'run'}")
-    finished = launch_here(*TWO_RUNGS, *options)
-    assert finished.code == 2
-    assert finished.error_line == (
+    assert refused(launch_here(*TWO_RUNGS, *options)) == (
         "error: stage w32a32: remat with network 'vgg_small': accepted with networks that are made of blocks"
     )
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,6 @@
 """One device and eight train the same, within rounding; checkpoints of the ones are good for the others."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from tests.integration.launching import (
     STAGES,
     TWO_RUNGS,
+    half_done,
     launch_program,
     launch_well,
     records,
@@ -31,14 +31,6 @@ COMMAND = (*TWO_RUNGS, "--config.seed=1")
 ODD_BATCHES = (*rungs(32, epochs=1), "--config.train.batch_size=6", "--config.train.eval_batch_size=5")
 
 
-def begun(folder: Path, target: Path) -> Path:
-    """A copy of a finished run as it was in the middle of its second stage."""
-    shutil.copytree(folder, target)
-    (target / STAGES[1] / "result.json").unlink()
-    shutil.rmtree(target / STAGES[1] / "checkpoints" / "4")
-    return target
-
-
 @pytest.fixture(scope="module")
 def on_one(tmp_path_factory) -> Path:
     """Folder of a run on one device."""
@@ -53,7 +45,7 @@ def on_eight(tmp_path_factory, on_one) -> Path:
     folder = tmp_path_factory.mktemp("eight")
     commands = (*COMMAND, f"--workdir={folder / 'two_rungs'}", "+", *ODD_BATCHES, f"--workdir={folder / 'odd'}")
     finished = launch_program(
-        *(*commands, "+", *COMMAND, f"--workdir={begun(on_one, folder / 'begun')}"),
+        *(*commands, "+", *COMMAND, f"--workdir={half_done(on_one, folder / 'begun')}"),
         program="tests/integration/in_turn.py",
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
@@ -103,7 +95,7 @@ def test_a_checkpoint_of_eight_devices_is_evaluated_on_one(on_eight, stage):
 
 
 def test_a_stage_begun_on_eight_devices_goes_on_on_one(on_eight, on_one, tmp_path):
-    folder = begun(on_eight / "two_rungs", tmp_path / "run")
+    folder = half_done(on_eight / "two_rungs", tmp_path / "run")
     finished = launch_well(*COMMAND, f"--workdir={folder}")
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_close(folder / STAGES[1], on_one / STAGES[1], QUANTIZED_TOLERANCE)

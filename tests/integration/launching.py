@@ -5,6 +5,9 @@ import dataclasses
 import io
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +107,34 @@ def wait(process: subprocess.Popen) -> Finished:
 def launch_program(*arguments: str, program: str = "launch.py", **environment: str) -> Finished:
     """Runs a program of the checkout in a process of its own, as a user does."""
     return wait(start(*arguments, program=program, **environment))
+
+
+def launch_killed(place: str, count: int, *arguments: str) -> None:
+    """Runs the command line in a process that is killed at a place, see killed.py."""
+    finished = launch_program(place, str(count), *arguments, program="tests/integration/killed.py")
+    assert finished.code == -signal.SIGKILL, finished.stderr
+
+
+def refused(finished: Finished) -> str:
+    """The error line of a launch that was refused before anything was trained."""
+    assert finished.code == 2
+    assert "epoch 1/" not in finished.stderr
+    return finished.error_line
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def half_done(folder: Path, target: Path) -> Path:
+    """A copy of a run of ``TWO_RUNGS`` as it was in the middle of its second stage."""
+    shutil.copytree(folder, target)
+    (target / STAGES[1] / "result.json").unlink()
+    shutil.rmtree(target / STAGES[1] / "checkpoints" / "4")
+    return target
 
 
 def records(stage: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,10 @@ from tests.integration.launching import (
     assert_same_run,
     damage,
     launch_here,
-    launch_program,
+    launch_killed,
     launch_well,
     records,
+    refused,
     rungs,
     start,
     steps,
@@ -26,28 +26,22 @@ from tests.integration.launching import (
 )
 
 
-def killed(place: str, count: int, folder: Path) -> None:
-    """Runs the command in a process that is killed at a place, see killed.py."""
-    program = "tests/integration/killed.py"
-    finished = launch_program(place, str(count), *TWO_RUNGS, SAVE_ALWAYS, f"--workdir={folder}", program=program)
-    assert finished.code == -signal.SIGKILL, finished.stderr
-
-
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path, two_rungs):
     first, second = tmp_path / STAGES[0], tmp_path / STAGES[1]
+    command = (*TWO_RUNGS, SAVE_ALWAYS, f"--workdir={tmp_path}")
 
-    killed("saved", 1, tmp_path)  # in the middle of the first epoch
+    launch_killed("saved", 1, *command)  # in the middle of the first epoch
     assert steps(first) == [1]
 
-    killed("recorded", 2, tmp_path)  # the last epoch's record is written, its checkpoint is not
+    launch_killed("recorded", 2, *command)  # the last epoch's record is written, its checkpoint is not
     assert len(records(first)) == 2 and 4 not in steps(first)
 
-    killed("finished", 1, tmp_path)  # between two stages
+    launch_killed("finished", 1, *command)  # between two stages
     assert len(records(first)) == 2 and 4 in steps(first)
     assert (first / "result.json").exists() and not second.exists()
 
-    killed("saving", 2, tmp_path)  # a checkpoint is half written
+    launch_killed("saving", 2, *command)  # a checkpoint is half written
     assert steps(second) == [] and list((second / "checkpoints").iterdir())
 
     finished = launch_well(*TWO_RUNGS, f"--workdir={tmp_path}")
@@ -120,9 +114,7 @@ def test_a_process_that_trains_keeps_others_out_and_stops_when_asked(tmp_path):
         for line in process.stderr:
             if "epoch 1/100000" in line:
                 break
-        other = launch_here(*command)
-        assert other.code == 2
-        assert other.error_line.endswith("run: another process is training in this folder")
+        assert refused(launch_here(*command)).endswith("run: another process is training in this folder")
     finally:
         # Whatever failed above, no process is left behind.
         process.terminate()

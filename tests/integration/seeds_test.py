@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from tests.integration.launching import (
     TWO_RUNGS,
     assert_same_run,
     launch_here,
-    launch_program,
+    launch_killed,
     records,
     result,
     saved_arrays,
@@ -87,8 +86,7 @@ def test_a_killed_run_of_two_seeds_ends_as_if_nothing_had_happened(together, cop
     # The second stage has a teacher for each seed; it is killed in the middle of its first epoch.
     shutil.rmtree(folder / STAGES[1])
     command = (*TWO_SEEDS, SAVE_ALWAYS, f"--workdir={folder}")
-    killed = launch_program("saved", "1", *command, program="tests/integration/killed.py")
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed("saved", 1, *command)
     assert steps(folder / STAGES[1]) == [1]
     finished = launch_here(*TWO_SEEDS, f"--workdir={folder}")
     assert finished.code == 0 and "stage w1a1: going on from step 1" in finished.stderr

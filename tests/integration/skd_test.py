@@ -1,7 +1,6 @@
 """Self-distillation through ``launch.py``: killed and resumed, reported with its pictures, added to another method."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,10 @@ from tests.integration.launching import (
     SAVE_ALWAYS,
     assert_same_run,
     launch_here,
-    launch_program,
+    launch_killed,
     launch_well,
     records,
+    refused,
     saved_arrays,
     steps,
 )
@@ -43,9 +43,7 @@ def test_the_record_holds_every_term(whole):
 @pytest.mark.slow
 def test_a_run_killed_while_the_bank_teaches_goes_on_to_the_same_bits(tmp_path, whole):
     # The third checkpoint is that of step 3, in the middle of the second epoch.
-    arguments = ("saved", "3", *MLP, SAVE_ALWAYS, f"--workdir={tmp_path}")
-    killed = launch_program(*arguments, program="tests/integration/killed.py")
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed("saved", 3, *MLP, SAVE_ALWAYS, f"--workdir={tmp_path}")
     assert steps(tmp_path / STAGE)[-1] == 3
     saved = saved_arrays(tmp_path / STAGE)
     assert np.abs(saved["objective_state/label_bank/bank"]).max() > 0
@@ -81,7 +79,7 @@ def test_report_draws_the_label_bank_and_the_features(whole):
 def test_report_goes_on_without_a_picture_that_cannot_be_drawn(tmp_path, whole):
     pytest.importorskip("matplotlib")
     three_images = (*MLP, "--config.data.num_eval=3", f"--workdir={tmp_path}")
-    assert launch_here(*three_images).code == 0
+    launch_well(*three_images)
     finished = launch_well(*three_images, "--mode=report", "--json")
     names = [Path(path).name for path in finished.last_json["pictures"]]
     assert names == ["chain.png", "accuracies.png", "label_bank.png"]
@@ -108,6 +106,5 @@ def test_the_terms_can_be_added_to_the_last_rung_of_another_method(tmp_path):
 
 
 def test_a_term_that_is_there_already_is_refused(tmp_path):
-    finished = launch_here(*MLP, "--config.extra_objectives=('cluster',)", f"--workdir={tmp_path}")
-    assert finished.code == 2
-    assert finished.error_line == "error: config.extra_objectives: 'cluster' is part of stage train already"
+    line = refused(launch_here(*MLP, "--config.extra_objectives=('cluster',)", f"--workdir={tmp_path}"))
+    assert line == "error: config.extra_objectives: 'cluster' is part of stage train already"

@@ -1,27 +1,29 @@
 """SNN through ``launch.py``: the whole chain, killed and resumed between refinements, evaluated, and refused."""
 
 import hashlib
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bnn_jax.experiment.build import Run, assemble, initial_variables
+from bnn_jax.experiment.build import make_experiment, set_up
 from bnn_jax.experiment.config import validate
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.experiment.load import SavedVariables, load_images
+from bnn_jax.experiment.start import first_variables
 from bnn_jax.ops import codebook as ops
 from configs.snn_resnet20 import get_config
 from tests.conftest import ROOT
 from tests.integration.launching import (
     SAVE_ALWAYS,
-    Finished,
     assert_same_arrays,
     assert_same_run,
     launch_here,
-    launch_program,
+    launch_killed,
     launch_well,
     records,
+    refused,
     result,
     saved_arrays,
     steps,
@@ -67,9 +69,11 @@ def test_the_chain_trains_its_three_stages(whole):
 def test_sub_bit_weights_start_where_binary_activations_ended(whole):
     config = get_config("smoke")
     config.update_from_flattened_dict(OVERRIDES)
-    run = Run(validate(config.to_dict()), whole)
-    stage = run.stages[2]
-    initial = flatten_dict(initial_variables(run, assemble(run, stage, run.load_data(stage))), sep="/")
+    experiment = make_experiment(validate(config.to_dict()))
+    stage = experiment.stages[2]
+    setup = set_up(experiment, stage, load_images(experiment.config, stage.data))
+    saved = SavedVariables(experiment, RunFolder(whole, experiment.stages))
+    initial = flatten_dict(first_variables(setup, saved.inherited_by(setup))[0], sep="/")
     before = saved_arrays(whole / STAGES[1])
     before = {path: array for path, array in before.items() if path.startswith(("params/", "batch_stats/"))}
     for path, array in before.items():
@@ -100,9 +104,7 @@ def test_refined_codebooks_keep_different_patterns(whole):
 @pytest.mark.slow
 def test_a_run_killed_between_two_refinements_goes_on_to_the_same_bits(tmp_path, whole):
     # Of the checkpoints of every step, two are the teacher's and two of the first step: the seventh is that of step 3.
-    arguments = ("saved", "7", *CHAIN, SAVE_ALWAYS, f"--workdir={tmp_path}")
-    killed = launch_program(*arguments, program="tests/integration/killed.py")
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed("saved", 7, *CHAIN, SAVE_ALWAYS, f"--workdir={tmp_path}")
     assert steps(tmp_path / STAGES[2])[-1] == 3
     before, after = (saved_arrays(folder / STAGES[2]) for folder in (tmp_path, whole))
     moved = [path for path, codebook in codebooks(before).items() if not np.array_equal(codebook, after[path])]
@@ -150,12 +152,6 @@ def test_the_last_step_can_be_taught_by_itself_too(tmp_path):
 
 
 # ---- mistakes, before anything is trained
-
-
-def refused(finished: Finished) -> str:
-    assert finished.code == 2
-    assert "epoch 1/" not in finished.stderr
-    return finished.error_line
 
 
 def test_a_teacher_without_its_file_is_refused(tmp_path):

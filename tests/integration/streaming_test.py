@@ -1,6 +1,5 @@
 """Images read while training, through ``launch.py``: resumed in the middle of an epoch, on several devices, resized."""
 
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,11 @@ from tests.integration.launching import (
     SAVE_ALWAYS,
     assert_same_run,
     launch_here,
+    launch_killed,
     launch_program,
     launch_well,
     records,
+    refused,
     result,
     saved_arrays,
     steps,
@@ -68,8 +69,7 @@ def test_every_image_is_trained_on_and_evaluated(whole):
 @pytest.mark.parametrize("saved", [1, 4])
 def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(data_dir, whole, tmp_path, saved):
     arguments = command(data_dir, tmp_path / "run", SAVE_ALWAYS)
-    killed = launch_program("saved", str(saved), *arguments, program="tests/integration/killed.py")
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed("saved", saved, *arguments)
     assert steps(tmp_path / "run" / STAGE)[-1] == saved
     launch_well(*command(data_dir, tmp_path / "run"))
     assert_same_run(tmp_path / "run", whole, (STAGE,))
@@ -101,14 +101,27 @@ def test_four_devices_train_as_one(data_dir, whole, tmp_path):
         np.testing.assert_allclose(actual[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
+def test_a_folder_of_pictures_is_trained_on_and_evaluated(tmp_path):
+    for split, count in (("train", 10), ("val", 5)):
+        for number, (content, label) in enumerate(makers.small_pictures(count, seed=1)):
+            path = tmp_path / "pictures" / split / f"class{label % 3}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    arguments = command(tmp_path / "pictures", tmp_path / "run", "--config.data.name=folder")
+    assert launch_here(*arguments).code == 0
+    assert (result(tmp_path / "run" / STAGE)["num_train"], result(tmp_path / "run" / STAGE)["num_test"]) == (10, 5)
+    assert saved_arrays(tmp_path / "run" / STAGE)["params/fc/kernel"].shape[-1] == 3
+    evaluated = launch_here(*arguments, "--mode=evaluate", "--json")
+    assert evaluated.last_json["num_images"] == 5
+
+
 def test_a_damaged_image_is_one_line(tmp_path):
     pictures = makers.small_pictures(9, seed=1)
     content, label = pictures[4]
     pictures[4] = (content[: len(content) // 2], label)
     data_dir = makers.write_imagenet(tmp_path / "data", pictures, makers.small_pictures(2, seed=2))
-    finished = launch_here(*command(data_dir, tmp_path / "run"))
-    assert finished.code == 2
-    assert "the image is corrupt" in finished.error_line and "imagenet2012 train" in finished.error_line
+    line = refused(launch_here(*command(data_dir, tmp_path / "run")))
+    assert "the image is corrupt" in line and "imagenet2012 train" in line
 
 
 def test_evaluation_reads_the_test_images_only(data_dir, whole):

@@ -5,7 +5,6 @@ Each process has one CPU device; their collectives go through sockets on this ma
 
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from tests.integration.launching import (
     TWO_RUNGS,
     Finished,
     assert_same_run,
+    free_port,
+    half_done,
     launch_program,
     launch_well,
     records,
@@ -31,19 +32,10 @@ from tests.integration.streaming_test import command as streamed_command
 # Of seed 1 no value lies within rounding of the edge of an activation, see devices_test.py.
 COMMAND = (*TWO_RUNGS, "--config.seed=1")
 STRUCK = "tests/integration/struck.py"
-# jax keeps compiled programs of process 0 alone, so the other one compiles in every launch; this halves it.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # On a quiet machine none takes 30 s; what hangs must not hang the test.
 SECONDS = 200
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def together(*commands: Sequence[str], programs: Sequence[str] = ("launch.py", "launch.py")) -> list[Finished]:
@@ -51,9 +43,7 @@ def together(*commands: Sequence[str], programs: Sequence[str] = ("launch.py", "
     count = len(commands)
     peers = (f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", "--connect_seconds=60")
     processes = [
-        start(
-            *command, *peers, f"--process_id={index}", "--heartbeat_seconds=20", program=program, XLA_FLAGS="", **QUICK
-        )
+        start(*command, *peers, f"--process_id={index}", "--heartbeat_seconds=20", program=program, XLA_FLAGS="")
         for index, (command, program) in enumerate(zip(commands, programs, strict=True))
     ]
     try:
@@ -99,7 +89,7 @@ def of_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on one process with two devices."""
     folder = tmp_path_factory.mktemp("one_process") / "run"
     flags = "--xla_force_host_platform_device_count=2"
-    finished = launch_program(*COMMAND, f"--workdir={folder}", XLA_FLAGS=flags, **QUICK)
+    finished = launch_program(*COMMAND, f"--workdir={folder}", XLA_FLAGS=flags)
     assert finished.code == 0, finished.stderr
     return folder
 
@@ -166,9 +156,7 @@ def test_two_processes_evaluate_what_one_trained(of_one):
 
 
 def test_a_stage_begun_on_two_processes_goes_on_on_one(of_two, tmp_path):
-    folder = Path(shutil.copytree(of_two[0], tmp_path / "run"))
-    (folder / STAGES[1] / "result.json").unlink()
-    shutil.rmtree(folder / STAGES[1] / "checkpoints" / "4")
+    folder = half_done(of_two[0], tmp_path / "run")
     finished = launch_well(*COMMAND, f"--workdir={folder}")
     assert "stage w1a1: going on from step 2" in finished.stderr
     assert_close(folder / STAGES[1], of_two[0] / STAGES[1], QUANTIZED_TOLERANCE)
@@ -185,7 +173,7 @@ def test_two_processes_that_read_their_images_train_as_one_with_two_devices(tmp_
     finished = together(commands["two"], commands["two"])
     assert [one.code for one in finished] == [0, 0], finished[0].stderr + finished[1].stderr
     flags = "--xla_force_host_platform_device_count=2"
-    alone = launch_program(*commands["one"], XLA_FLAGS=flags, **QUICK)
+    alone = launch_program(*commands["one"], XLA_FLAGS=flags)
     assert alone.code == 0, alone.stderr
     assert_same_run(folders["two"], folders["one"], STAGES[:1])
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,10 @@ from tests.integration.launching import (
     SAVE_ALWAYS,
     assert_same_run,
     launch_here,
-    launch_program,
+    launch_killed,
     launch_well,
     records,
+    refused,
     result,
     saved_arrays,
     steps,
@@ -103,10 +103,7 @@ def test_the_bits_of_each_stage_are_those_of_its_values(chain):
 @pytest.mark.slow
 def test_a_chain_killed_in_its_second_bit_goes_on_to_the_same_bits(tmp_path, chain):
     # Four checkpoints a stage: the seventh is that of step 3 of the second, in the middle of its second epoch.
-    killed = launch_program(
-        "saved", "7", *CHAIN, SAVE_ALWAYS, f"--workdir={tmp_path}", program="tests/integration/killed.py"
-    )
-    assert killed.code == -signal.SIGKILL, killed.stderr
+    launch_killed("saved", 7, *CHAIN, SAVE_ALWAYS, f"--workdir={tmp_path}")
     assert steps(tmp_path / "01_bit_1")[-1] == 3
     assert not (tmp_path / "01_bit_1" / "weights.npz").exists()
     finished = launch_well(*CHAIN, f"--workdir={tmp_path}")
@@ -155,7 +152,6 @@ def test_report_draws_the_accuracies(ternary):
     ],
 )
 def test_a_mistake_is_told_in_one_line(tmp_path, arguments, message):
-    finished = launch_here(*SMALL, *arguments, f"--workdir={tmp_path / 'run'}")
-    assert finished.code == 2
-    assert finished.error_line.startswith(f"error: {message}")
+    line = refused(launch_here(*SMALL, *arguments, f"--workdir={tmp_path / 'run'}"))
+    assert line.startswith(f"error: {message}")
     assert not (tmp_path / "run").exists()

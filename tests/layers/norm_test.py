@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnn_jax.layers import BatchNorm, BranchBatchNorm
+from bnn_jax.layers import BatchNorm
 from bnn_jax.quantizers import QuantContext
 
 TRAIN = QuantContext(train=True)
@@ -106,7 +106,7 @@ BRANCHES = 3
 
 def branch_norm(x, ctx, seed=1):
     """A branch norm as second searched layer, with random variables, and the variables."""
-    norm = BranchBatchNorm(branches=BRANCHES, index=1)
+    norm = BatchNorm(branches=BRANCHES, index=1)
     random = np.random.RandomState(seed)
     shapes = jax.eval_shape(lambda: norm.init(jax.random.key(0), x, ctx))
     return norm, jax.tree.map(lambda leaf: jnp.asarray(random.uniform(0.5, 2, leaf.shape), jnp.float32), shapes)
@@ -142,8 +142,3 @@ def test_the_other_branches_keep_their_statistics_and_get_no_gradient(x) -> None
         )
         assert not any(np.any(leaf[other]) for leaf in jax.tree.leaves(gradient))
     assert all(np.all(leaf[2] != 0) for leaf in jax.tree.leaves(gradient))
-
-
-def test_a_single_branch_has_the_variables_of_an_ordinary_layer(x) -> None:
-    variables = BranchBatchNorm(branches=1, index=0).init(jax.random.key(0), x, TRAIN)
-    jax.tree.map(np.testing.assert_array_equal, variables, BatchNorm().init(jax.random.key(0), x, TRAIN))

@@ -7,7 +7,7 @@ import pytest
 from bnn_jax.errors import UserError
 from bnn_jax.experiment.config import validate
 from bnn_jax.methods import asbq
-from bnn_jax.stages import IDENTITY, Stage, spec
+from bnn_jax.stages import IDENTITY, Inherit, Stage, Teacher, spec
 from configs import asbq_resnet18, asbq_resnet20, asbq_vgg_small
 
 ACT = {bits: spec("dorefa", bits=bits) for bits in (8, 4, 2, 1)}
@@ -30,6 +30,9 @@ def stages(file: Any = asbq_resnet20, **changes: Any) -> tuple[Stage, ...]:
     return asbq.stages(config(file, **changes))
 
 
+MASKS = ("quant_state/.*/mask$",)
+
+
 # ---- the recipe
 
 
@@ -41,9 +44,9 @@ def test_the_chain_has_five_rungs():
 
 def test_every_rung_starts_from_the_parameters_of_the_one_before_alone():
     chain = stages()
-    assert [stage.init_from for stage in chain] == [None, *(f"stage:{s.name}@last" for s in chain[:-1])]
-    assert {stage.transfer for stage in chain} == {("params",)}
-    assert {stage.may_be_new for stage in chain} == {()}
+    assert chain[0].inherit is None
+    for stage, before in zip(chain[1:], chain):
+        assert stage.inherit == Inherit(f"stage:{before.name}@last", ("params",), recompute=MASKS)
 
 
 def test_every_rung_has_its_epochs_and_its_learning_rate():
@@ -175,7 +178,7 @@ def test_the_one_bit_rule_reaches_the_last_rung_only(preset, one_bit):
 @pytest.mark.parametrize(("preset", "which"), [("paper", "last"), ("release", "best")])
 def test_the_copied_epoch_is_also_the_teacher_s(preset, which):
     for stage, before in zip(stages(asbq_preset=preset, asbq_kd_weight=0.5)[1:], stages()):
-        assert stage.init_from == stage.teacher == f"stage:{before.name}@{which}"
+        assert stage.inherit.source == stage.teacher.source == f"stage:{before.name}@{which}"
 
 
 # ---- pruning masks
@@ -183,21 +186,21 @@ def test_the_copied_epoch_is_also_the_teacher_s(preset, which):
 
 def test_paper_has_no_mask_before_there_are_trained_weights():
     first, *others = stages()
-    assert first.quant.weight == IDENTITY and first.recompute == ()
+    assert first.quant.weight == IDENTITY
     for stage in others:
         assert stage.quant.weight.name == "pruned"
         assert stage.quant.weight.kwargs["apply_mask"] == "after"
         assert stage.quant.weight.kwargs["pattern"] == "filter"
         assert stage.quant.weight.kwargs["amount"] == 0.05
-        assert stage.recompute == ("quant_state/.*/mask$",)
+        assert stage.inherit.recompute == MASKS
 
 
 def test_release_masks_every_rung_by_its_own_random_weights():
     first, *others = stages(asbq_preset="release")
     assert first.quant.weight == spec("pruned", inner=IDENTITY, amount=0.05, pattern="filter", apply_mask="before")
-    for stage in (first, *others):
+    for stage in others:
         assert stage.quant.weight.kwargs["apply_mask"] == "before"
-        assert stage.recompute == ()
+        assert stage.inherit.recompute == ()
 
 
 @pytest.mark.parametrize("preset", asbq.PRESETS)
@@ -228,7 +231,7 @@ def test_paper_distils_from_the_second_rung_on():
             spec("cross_entropy", weight=0.5),
             spec("distillation", weight=0.5 * 25.0, temperature=5.0, reduction="batchmean"),
         )
-        assert stage.teacher == stage.init_from
+        assert stage.teacher == Teacher(stage.inherit.source)
 
 
 @pytest.mark.parametrize("preset", ["release", "checkpoint"])
@@ -319,21 +322,21 @@ def from_file(**changes: Any) -> tuple[Stage, ...]:
 
 def test_the_first_rung_copies_the_file_and_is_masked_like_any_rung_but_the_first():
     first, second = from_file()
-    assert (first.init_from, second.init_from) == (FILE, "stage:w2a2@last")
-    assert first.recompute == second.recompute and first.init_seed == second.init_seed
+    assert (first.inherit.source, second.inherit.source) == (FILE, "stage:w2a2@last")
+    assert first.inherit.recompute == second.inherit.recompute and first.init_seed == second.init_seed
 
 
 def test_the_file_teaches_the_first_rung_as_the_network_it_is():
     first, second = from_file()
     whole = stages(asbq_bits=(8, 4), asbq_learning_rates=(0.1,))[1]
-    assert first.teacher == FILE
-    assert first.teacher_quant == whole.quant
-    assert second.teacher == "stage:w2a2@last" and second.teacher_quant is None
+    assert (first.teacher.source, first.teacher.quant) == (FILE, whole.quant)
+    assert first.teacher.network.name == whole.network.name
+    assert second.teacher == Teacher("stage:w2a2@last")
 
 
 def test_without_distillation_the_file_teaches_nobody():
     first, _ = from_file(asbq_preset="checkpoint")
-    assert first.teacher is None and first.teacher_network is None and first.teacher_quant is None
+    assert first.teacher is None
 
 
 def test_boundaries_are_scaled_to_the_length_of_each_rung():

@@ -6,7 +6,7 @@ from bnn_jax import methods
 from bnn_jax.errors import UserError
 from bnn_jax.experiment.config import validate
 from bnn_jax.methods import basq
-from bnn_jax.stages import IDENTITY, fingerprint, parse_choice
+from bnn_jax.stages import IDENTITY, Inherit, fingerprint, parse_choice
 
 
 def config_of(name="basq_mobilenet_v2", **changes):
@@ -40,9 +40,9 @@ def test_the_first_phase_quantizes_activations_only_and_the_second_both():
 
 def test_the_second_phase_makes_the_weight_steps_anew_and_copies_all_else():
     second = stages_of()["supernet"]
-    assert second.init_from == "stage:supernet_activations@last"
-    assert second.transfer == ("params", "batch_stats", "quant_state")
-    assert second.recompute == second.may_be_new == ("/weight_quantizer/step$",)
+    assert second.inherit.source == "stage:supernet_activations@last"
+    assert second.inherit.collections == ("params", "batch_stats", "quant_state")
+    assert second.inherit.recompute == second.inherit.may_be_new == ("/weight_quantizer/step$",)
 
 
 def test_every_step_of_the_supernet_draws_its_path_and_learns_from_the_teacher_alone():
@@ -68,7 +68,7 @@ def test_the_winner_of_each_fold_is_fine_tuned_from_the_supernet():
     for fold in range(10):
         stage = stages[f"finetune_{fold}"]
         assert parse_choice(stage.choice) == ("search", fold)
-        assert stage.init_from == "stage:supernet@last"
+        assert stage.inherit == Inherit("stage:supernet@last", ("params", "batch_stats", "quant_state"))
         assert stage.optim.unselected_branches == "freeze"
         assert stage.optim.groups[-1].learning_rate_scale == 0
         assert (stage.teacher, stage.search) == (None, None)

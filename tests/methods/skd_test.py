@@ -7,7 +7,7 @@ import pytest
 from bnn_jax.errors import UserError
 from bnn_jax.experiment.config import validate
 from bnn_jax.methods import METHODS, skd
-from bnn_jax.stages import IDENTITY, Stage, spec
+from bnn_jax.stages import IDENTITY, Inherit, Stage, spec
 from configs import (
     irnet_resnet20,
     skd_mnist_mlp,
@@ -116,9 +116,8 @@ def test_images_are_padded_by_their_border_and_flipped():
 def test_the_second_stage_starts_from_weights_and_running_statistics_of_the_first():
     first, second = stages(skd_resnet18_imagenet)
     assert (first.name, second.name) == ("train_1", "train_2")
-    assert first.init_from is None
-    assert second.init_from == "stage:train_1@last"
-    assert second.transfer == ("params", "batch_stats")
+    assert first.inherit is None
+    assert second.inherit == Inherit("stage:train_1@last", ("params", "batch_stats"))
     assert first.seed != second.seed
 
 

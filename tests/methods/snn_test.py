@@ -11,7 +11,8 @@ from bnn_jax.errors import UserError
 from bnn_jax.experiment.config import validate
 from bnn_jax.experiment.start import variable_shapes
 from bnn_jax.methods import build, snn
-from bnn_jax.stages import IDENTITY, QuantSpec, Stage, spec
+from bnn_jax.methods.common import switches_of
+from bnn_jax.stages import IDENTITY, Inherit, QuantSpec, Stage, Teacher, spec
 from bnn_jax.training.optimizer import path_of
 from configs import snn_resnet18, snn_resnet18_cifar, snn_resnet20, snn_skd_resnet20, snn_vgg_small
 
@@ -45,15 +46,13 @@ def codebook_group(stage: Stage) -> Any:
 def test_on_cifar_the_teacher_is_trained_first_and_teaches_both_steps(file):
     chain = stages(file)
     assert [stage.name for stage in chain] == NAMES
-    assert [stage.teacher for stage in chain] == [None, "stage:teacher@last", "stage:teacher@last"]
-    assert {stage.teacher_network for stage in chain} == {None}
+    assert [stage.teacher for stage in chain] == [None, *[Teacher("stage:teacher@last")] * 2]
 
 
 def test_on_imagenet_the_teacher_is_the_file_of_a_resnet34():
     chain = stages(snn_resnet18)
     assert [stage.name for stage in chain] == NAMES[1:]
-    assert {stage.teacher for stage in chain} == {"file:resnet34-b627a593.pth"}
-    assert {stage.teacher_network for stage in chain} == {spec("standard_resnet34")}
+    assert {stage.teacher for stage in chain} == {Teacher("file:resnet34-b627a593.pth", spec("standard_resnet34"))}
 
 
 def test_only_activations_are_binary_in_the_first_step_and_kernels_come_from_codebooks_in_the_second():
@@ -68,16 +67,18 @@ def test_only_activations_are_binary_in_the_first_step_and_kernels_come_from_cod
 
 def test_the_second_step_takes_over_everything_and_only_codebooks_are_new():
     _, first, second = stages()
-    assert first.init_from is None
-    assert second.init_from == "stage:binary_activations@last"
-    assert second.transfer == ("params", "batch_stats", "quant_state")
-    assert second.may_be_new == ("/weight_quantizer/codebook$", "/weight_quantizer/memory$")
+    assert first.inherit is None
+    assert second.inherit == Inherit(
+        "stage:binary_activations@last",
+        ("params", "batch_stats", "quant_state"),
+        may_be_new=("/weight_quantizer/codebook$", "/weight_quantizer/memory$"),
+    )
 
 
 def test_from_scratch_there_is_no_first_step():
     teacher, second = stages(snn_two_step=False)
     assert (teacher.name, second.name) == ("teacher", "sub_bit")
-    assert (second.init_from, second.may_be_new) == (None, ())
+    assert second.inherit is None
     assert [group.weight_decay for group in second.optim.groups] == [0.0] * 3
     _, _, chained = stages()
     assert (second.optim, second.knobs, second.projections) == (chained.optim, chained.knobs, chained.projections)
@@ -171,7 +172,7 @@ def test_codebooks_are_refined_in_the_second_step_only():
     ],
 )
 def test_presets(preset, switches):
-    assert snn.resolve(config(snn_preset=preset)) == switches
+    assert switches_of(config(snn_preset=preset)["snn"], snn.PRESETS) == switches
 
 
 @pytest.mark.parametrize("preset", snn.PRESETS)
@@ -180,7 +181,7 @@ def test_presets(preset, switches):
     [("refine", True), ("refine", False), ("maintenance", "clean"), ("pattern_optimizer", "skip")],
 )
 def test_a_switch_that_is_given_wins_over_the_preset(preset, switch, value):
-    switches = snn.resolve(config(snn_preset=preset, **{f"snn_{switch}": value}))
+    switches = switches_of(config(snn_preset=preset, **{f"snn_{switch}": value})["snn"], snn.PRESETS)
     assert switches == {**snn.PRESETS[preset], switch: value}
 
 

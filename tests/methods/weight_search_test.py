@@ -15,7 +15,7 @@ from bnn_jax.experiment.start import init_variables, variable_shapes
 from bnn_jax.methods import METHODS, build
 from bnn_jax.quantizers.categorical import VALUE_SETS
 from bnn_jax.report.costs import complexity
-from bnn_jax.stages import IDENTITY, Stage, spec
+from bnn_jax.stages import IDENTITY, Inherit, Stage, spec
 from bnn_jax.training.optimizer import group_labels
 from configs import (
     weight_search_resnet18,
@@ -70,7 +70,7 @@ def test_the_recipe_is_the_published_one(file, network, rate, decay, batch, epoc
     temperature = spec("decay_by_epoch", initial=1.0, rate=cooling, interval=1, floor=1e-5)
     assert found.knobs == (("temperature", temperature),)
     assert found.objectives == (spec("cross_entropy", weight=1.0),)
-    assert (found.init_from, found.teacher, found.log_train_top5) == (None, None, True)
+    assert (found.inherit, found.teacher, found.log_train_top5) == (None, None, True)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,9 @@ def test_the_chain_finds_signs_and_halves_them():
 
 def test_a_further_bit_starts_from_the_weights_in_use_and_everything_else_of_the_one_before():
     first, second, third = stages(by_bit=(0, 1, 2))
-    assert (first.init_from, first.realised_base) == (None, False)
-    assert [s.init_from for s in (second, third)] == ["stage:bit_0@last", "stage:bit_1@last"]
-    for found in (second, third):
-        assert (found.transfer, found.realised_base) == (("params", "batch_stats"), True)
+    assert first.inherit is None
+    for found, before in ((second, "bit_0"), (third, "bit_1")):
+        assert found.inherit == Inherit(f"stage:{before}@last", ("params", "batch_stats"), realised_base=True)
     assert len({s.seed for s in (first, second, third)}) == 3
 
 

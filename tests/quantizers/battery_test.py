@@ -29,6 +29,8 @@ WEIGHT_EXAMPLES: dict[str, list[tuple[Spec, int | None]]] = {
     ],
     # A scale for each filter.
     "irnet": [(spec("irnet"), None)],
+    # A learned scale for each filter.
+    "recu": [(spec("recu"), None)],
     # Zero is a level of its own.
     "sign": [(spec("sign"), 3)],
     # A step for each filter.
@@ -51,13 +53,14 @@ ACT_EXAMPLES: dict[str, list[Spec]] = {
     "identity": [IDENTITY],
     "dorefa": [spec("dorefa", bits=bits) for bits in (1, 2, 5, 8)],
     "irnet": [spec("irnet")],
+    "recu": [spec("recu")],
     "sign": [spec("sign")],
     "lsq": [spec("lsq", bits=bits) for bits in (1, 2, 8)],
     "branch_clip": [spec("branch_clip", bits=2), spec("branch_clip", bits=4, branches=1)],
     "approx_sign": [spec("approx_sign")],
 }
 # Binary quantizers whose sign of zero is zero: a level that real data do not reach.
-ZERO_LEVEL = {"irnet", "sign", "approx_sign"}
+ZERO_LEVEL = {"irnet", "sign", "approx_sign", "recu"}
 # Kernels (kh, kw, I, O): the usual one, 1x1 with odd channels, dense (I, O).
 SHAPES = [(3, 3, 8, 20), (1, 1, 5, 7), (12, 10)]
 # The quantizers whose options do not fit dense kernels, and those for 3x3 kernels.
@@ -173,9 +176,9 @@ def test_weight_gradient_is_finite_and_reaches_every_unmasked_weight(choice: Spe
     np.testing.assert_array_equal(np.asarray(gradient) != 0, np.asarray(mask) != 0)
 
 
-# The gradient of 'irnet' goes through mean and standard deviation of each filter, that of 'categorical' to K logits:
-# they are tested in irnet_test.py and in tests/ops/categorical_test.py, that of 'lsq' in lsq_test.py.
-OWN_GRADIENT = ("irnet", "categorical", "lsq")
+# The gradients of 'irnet' and 'recu' go through mean and standard deviation of each filter, that of 'categorical' to K
+# logits: see irnet_test.py, recu_test.py and tests/ops/categorical_test.py; that of 'lsq' is in lsq_test.py.
+OWN_GRADIENT = ("irnet", "recu", "categorical", "lsq")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +275,7 @@ def test_activation_gradient_passes_inside_its_range_only(choice: Spec) -> None:
     slopes = {
         "dorefa": (x > 0) & (x < 1),
         # Twice as steep as the identity at 0, 0 from 1 on.
-        "approx_sign": jnp.maximum(0, 2 - 2 * jnp.abs(x)),
+        **dict.fromkeys(("approx_sign", "recu"), jnp.maximum(0, 2 - 2 * jnp.abs(x))),
     }
     np.testing.assert_array_equal(gradient, slopes.get(choice.name, jnp.ones(x.shape)))
 

@@ -213,9 +213,9 @@ def test_the_look_up_form_has_the_memory_and_bears_patterns_that_are_double_or_u
 
 @pytest.mark.parametrize(("tau", "bits", "table"), [(4, 4, 144), (5, 5, 288), (6, 6, 576), (9, 9, 0)])
 def test_a_kernel_is_stored_in_tau_bits_beside_the_table(tau, bits, table):
-    module = quantizer(tau)
-    assert module.stored_bits * 9 == pytest.approx(bits, abs=1e-12)
-    assert (module.codebook_bits, module.operation_bits, module.scale_count((3, 3, 8, 64))) == (table, 1.0, 64)
+    cost = quantizer(tau).cost((3, 3, 8, 64))
+    assert cost.stored_bits * 9 == pytest.approx(bits, abs=1e-12)
+    assert (cost.codebook_bits, cost.operation_bits, cost.scales) == (table, 1.0, 64)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_kernel_is_stored_in_tau_bits_beside_the_table(tau, bits, table):
     [(5, 512, 8 * (9 * 32 + 256)), (5, 64, 8 * (9 * 32 + 32)), (6, 64, 9 * 8 * 64), (9, 512, 9 * 8 * 512)],
 )
 def test_patterns_are_shared_where_there_are_fewer_than_output_channels(tau, num_out, expected):
-    assert quantizer(tau).multiply_accumulates((3, 3, 8, num_out)) == expected
+    assert quantizer(tau).cost((3, 3, 8, num_out)).multiply_accumulates == expected
 
 
 # ---- mistakes

@@ -7,7 +7,7 @@ import pytest
 from bnn_jax import networks
 from bnn_jax.report import tables
 from bnn_jax.report.costs import complexity
-from bnn_jax.stages import DataSpec, OptimSpec, QuantSpec, Stage, spec
+from bnn_jax.stages import DataSpec, Inherit, OptimSpec, QuantSpec, Stage, spec
 
 RESULT = {
     "stage": "w1a1",
@@ -70,7 +70,7 @@ def test_a_stage_row_shows_quantizers_schedule_and_origin() -> None:
         data=DataSpec("cifar10"),
         objectives=(),
         optim=OptimSpec(spec("sgd"), spec("constant", value=0.05), epochs=3, batch_size=8),
-        init_from="stage:w8a8@best",
+        inherit=Inherit("stage:w8a8@best"),
         bits=4,
     )
     row = " ".join(row_of(rendered(tables.stages_table([stage])), "w4a4"))

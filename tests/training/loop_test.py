@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnn_jax import schedules
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.storage.content_hash import Header
@@ -87,10 +86,7 @@ class Run:
 
     def make_loop(self, store: CheckpointStore) -> StageLoop:
         return StageLoop(
-            STAGE,
-            PARTS,
-            schedule=schedules.build(STAGE.optim.learning_rate, steps_per_epoch=STEPS, epochs=EPOCHS),
-            source=DATA,
+            tiny.setup(STAGE, PARTS, DATA),
             teacher={},
             evaluator=EVALUATOR,
             store=store,

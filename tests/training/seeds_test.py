@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnn_jax import schedules
 from bnn_jax.data.order import index_plan
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.experiment import start
@@ -22,14 +21,14 @@ from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.loop import LoopOptions, StageLoop
-from bnn_jax.training.seeds import Seeds, one_seed, over, stack, stack_shapes, table_row, take
+from bnn_jax.training.seeds import ONE_SEED, Seeds, one_seed, table_row
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import StepParts, compile_end_of_epoch, compile_train_steps
 from tests.training import tiny
 from tests.training.loop_test import StopAfter
 
 DATA = tiny.source(num_train=20, num_test=10)
-SEEDS = Seeds(names=(5, 6), orders=(1005, 1006))
+SEEDS = Seeds(names=(5, 6), orders=(1005, 1006), initials=(5, 6))
 PLAN = {"num_images": 20, "batch_size": 8, "drop_last": False}
 STEPS, EPOCHS = 3, 2
 STAGE = tiny.stage(epochs=EPOCHS)
@@ -41,10 +40,10 @@ ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
 
 def variables(seed: int) -> dict[str, Any]:
     images = tiny.prepare_for_evaluation(jnp.asarray(DATA.train.images[:4]))
-    return init(PARTS.network).init(jax.random.key(seed), images)
+    return init(PARTS.network)(jax.random.key(seed), images, {})
 
 
-init = functools.cache(start.programs)
+init = functools.cache(start.init_program)
 
 
 def state(parts: StepParts, which: Any) -> TrainState:
@@ -53,7 +52,7 @@ def state(parts: StepParts, which: Any) -> TrainState:
     chosen = [which] if one else which
     made = [variables(SEEDS.names[index]) for index in chosen]
     return start.create_state(
-        made[0] if one else stack(made),
+        made[0] if one else SEEDS.stack(made),
         optimizer=parts.optimizer,
         objectives=parts.objectives,
         num_classes=tiny.CLASSES,
@@ -75,22 +74,13 @@ def assert_close(actual: Any, expected: Any) -> None:
 
 def test_with_one_seed_nothing_is_mapped_or_stacked():
     alone, tree = one_seed(3), {"a": jnp.ones(2)}
-    assert over(test_with_one_seed_nothing_is_mapped_or_stacked, 1) is test_with_one_seed_nothing_is_mapped_or_stacked
-    assert alone.unstack(tree) == [tree] and stack_shapes(tree, 1) is tree
+    assert alone.over(state) is state
+    assert alone.unstack(tree) == [tree] and alone.stack([tree]) is tree and alone.shapes(tree) is tree
     assert alone.summary([{"top1": 50.0, "num_images": 8}]) == {"top1": 50.0, "num_images": 8}
     indices, mask = alone.index_plan(1, **PLAN)
     expected = index_plan(3, 1, **PLAN)
     np.testing.assert_array_equal(indices, expected[0])
     np.testing.assert_array_equal(mask, expected[1])
-
-
-def test_one_seed_has_the_program_of_a_stage_without_seeds():
-    arguments = (state(PARTS, 0), tiny.constants(DATA), np.zeros((1, 8), np.int32), np.ones((1, 8), bool))
-    programs = [
-        compile_train_steps(PARTS, DEVICES, **options).lower(*arguments).as_text()
-        for options in ({}, {"num_seeds": 1, "own_teachers": True})
-    ]
-    assert programs[0] == programs[1]
 
 
 def test_every_seed_has_the_order_of_images_it_has_alone():
@@ -119,13 +109,13 @@ def test_a_row_of_a_table_has_a_column_for_every_value_of_a_seed():
 
 
 def test_shapes_and_parts_are_those_of_the_stack():
-    trees = [{"w": jnp.full((2, 3), float(index)), "key": jax.random.key(index)} for index in range(4)]
-    stacked = stack(trees)
-    shapes = stack_shapes(jax.eval_shape(lambda: trees[0]), 4)
+    trees = [{"w": jnp.full((2, 3), float(index)), "key": jax.random.key(index)} for index in range(2)]
+    stacked = SEEDS.stack(trees)
+    shapes = SEEDS.shapes(jax.eval_shape(lambda: trees[0]))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), stacked) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
-    tiny.assert_equal(take(stacked, 2), trees[2])
+    tiny.assert_equal(SEEDS.unstack(stacked), trees)
 
 
 # ---- programs
@@ -134,10 +124,10 @@ def test_shapes_and_parts_are_those_of_the_stack():
 def run_both(parts: StepParts, teachers: list[Any] | None, *, shared: Any = None, length: int = 1) -> None:
     """Compares the steps of an epoch, ``length`` a dispatch, of two seeds together and of each alone."""
     own = teachers is not None
-    together = compile_train_steps(parts, DEVICES, num_seeds=2, own_teachers=own)
+    together = compile_train_steps(parts, DEVICES, seeds=dataclasses.replace(SEEDS, own_teachers=own))
     alone = compile_train_steps(parts, DEVICES)
     indices, mask = SEEDS.index_plan(0, **PLAN)
-    constants, both = tiny.constants(DATA, stack(teachers) if own else shared), state(parts, (0, 1))
+    constants, both = tiny.constants(DATA, SEEDS.stack(teachers) if own else shared), state(parts, (0, 1))
     for begin in range(0, STEPS, length):
         dispatch = slice(begin, begin + length)
         both, of_both = together(both, constants, indices[dispatch], mask[dispatch])
@@ -146,7 +136,7 @@ def run_both(parts: StepParts, teachers: list[Any] | None, *, shared: Any = None
         for begin in range(0, STEPS, length):
             dispatch = slice(begin, begin + length)
             one, of_one = alone(one, constants, indices[dispatch, place], mask[dispatch, place])
-        assert_close(take(both, place), one)
+        assert_close(SEEDS.unstack(both)[place], one)
         assert_close({name: value[:, place] for name, value in of_both.items()}, of_one)
         assert one.steps_done == both.steps_done == STEPS
 
@@ -171,11 +161,11 @@ def test_each_seed_learns_from_its_own_teacher_or_all_from_one(own):
 def test_the_end_of_an_epoch_clears_the_sums_of_every_seed():
     both = state(PARTS, (0, 1))
     sums = {name: value + jnp.asarray([1, 2], value.dtype) for name, value in both.metric_sums.items()}
-    cleared = compile_end_of_epoch(PARTS.objectives, DEVICES, num_seeds=2)(both.replace(metric_sums=sums))
+    cleared = compile_end_of_epoch(PARTS.objectives, DEVICES, seeds=SEEDS)(both.replace(metric_sums=sums))
     tiny.assert_equal(cleared.metric_sums, state(PARTS, (0, 1)).metric_sums)
 
 
-def make_evaluator(seeds: Seeds | None) -> Evaluator:
+def make_evaluator(seeds: Seeds) -> Evaluator:
     return Evaluator(
         PARTS.network,
         prepare=tiny.prepare_for_evaluation,
@@ -188,7 +178,7 @@ def make_evaluator(seeds: Seeds | None) -> Evaluator:
 
 def test_an_evaluation_of_several_seeds_says_what_the_evaluation_of_each_says():
     each = [variables(5), variables(6)]
-    together, alone = make_evaluator(SEEDS)(stack(each), "test"), make_evaluator(None)
+    together, alone = make_evaluator(SEEDS)(SEEDS.stack(each), "test"), make_evaluator(ONE_SEED)
     assert together is not None
     for row, own in zip(together["seeds"], each, strict=True):
         assert {key: value for key, value in row.items() if key != "seed"} == pytest.approx(alone(own, "test"))
@@ -201,29 +191,25 @@ def test_an_evaluation_of_several_seeds_says_what_the_evaluation_of_each_says():
 
 @functools.cache
 def evaluator_of(count: int) -> Evaluator:
-    return make_evaluator(SEEDS if count == 2 else None)
+    return make_evaluator(SEEDS if count == 2 else ONE_SEED)
 
 
 def fit(folder: Path, which: Any, *, looks: float = math.inf, first: TrainState | None = None) -> TrainState:
     """What a process does for one seed (its place) or for both (a tuple), until a signal comes at the n-th look."""
-    chosen = SEEDS if which == (0, 1) else Seeds((SEEDS.names[which],), (SEEDS.orders[which],))
+    chosen = SEEDS if which == (0, 1) else Seeds((SEEDS.names[which],), (SEEDS.orders[which],), (0,))
     start, meta = first or state(PARTS, which), None
     with CheckpointStore(folder / "checkpoints") as store:
         if store.latest_step() is not None:
             start, meta = store.restore(jax.eval_shape(lambda: start))
             start = DEVICES.replicate(start)
         loop = StageLoop(
-            STAGE,
-            PARTS,
-            schedule=schedules.build(STAGE.optim.learning_rate, steps_per_epoch=STEPS, epochs=EPOCHS),
-            source=DATA,
+            tiny.setup(STAGE, PARTS, DATA, seeds=chosen),
             teacher={},
             evaluator=evaluator_of(chosen.count),
             store=store,
             metrics_path=folder / "metrics.jsonl",
             options=LoopOptions(checkpoint_seconds=1000.0),
             devices=DEVICES,
-            seeds=chosen,
         )
         return loop.fit(start, StopAfter(looks), meta=meta)
 
@@ -243,7 +229,7 @@ def both(tmp_path_factory) -> tuple[Path, TrainState]:
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_stage_of_several_seeds_is_for_each_the_stage_it_is_alone(tmp_path, both, place):
     folder, together = both
-    assert_close(take(together, place), fit(tmp_path, place))
+    assert_close(SEEDS.unstack(together)[place], fit(tmp_path, place))
     for record, alone in zip(records(folder), records(tmp_path), strict=True):
         own = record["seeds"][place]
         assert own.pop("seed") == SEEDS.names[place]

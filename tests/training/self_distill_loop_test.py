@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from bnn_jax import schedules
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.stages import spec
 from bnn_jax.storage.checkpoint import CheckpointStore
@@ -74,10 +73,7 @@ class Run:
                 state, meta = store.restore(jax.eval_shape(lambda: tiny_skd.state(self.parts)))
                 state = DEVICES.replicate(state)
             loop = StageLoop(
-                STAGE,
-                self.parts,
-                schedule=schedules.build(STAGE.optim.learning_rate, steps_per_epoch=STEPS, epochs=EPOCHS),
-                source=DATA,
+                tiny.setup(STAGE, self.parts, DATA),
                 teacher={},
                 evaluator=EVALUATOR,
                 store=store,

@@ -21,7 +21,9 @@ from bnn_jax.quantizers import build_act, build_weight
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 from bnn_jax.training.devices import Devices, all_devices
+from bnn_jax.training.loop import Setup, steps_per_epoch
 from bnn_jax.training.optimizer import make_optimizer
+from bnn_jax.training.seeds import Seeds, one_seed
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import Constants, StepParts
 
@@ -98,6 +100,13 @@ def variables(network: TinyNetwork = TinyNetwork()) -> dict[str, Any]:  # noqa: 
     # Values, even if the first call stands inside a function that is being traced.
     with jax.ensure_compile_time_eval():
         return jax.device_get(start.init_variables(network, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))))
+
+
+def setup(chosen: Stage, parts: StepParts, source: ImageSource, *, seeds: Seeds | None = None) -> Setup:
+    """The objects of a tiny stage, for the loop."""
+    epochs, steps = chosen.optim.epochs, steps_per_epoch(chosen, len(source.train))
+    schedule = schedules.build(chosen.optim.learning_rate, steps_per_epoch=steps, epochs=epochs)
+    return Setup(chosen, source, schedule, parts.network, parts, {}, seeds or one_seed(chosen.seed))
 
 
 def parts(

@@ -36,9 +36,10 @@ def costs_of_rows(rows: Iterable[np.ndarray], tau: int) -> list[float]:
     costs = np.zeros(3)
     for num_in, num_out, side in rows:
         shape = (3, 3, int(num_in), int(num_out))
-        index_bits = quantizer.stored_bits * np.prod(shape)
-        operations = side**2 * quantizer.multiply_accumulates(shape) * quantizer.operation_bits
-        costs += index_bits, index_bits + quantizer.codebook_bits, operations
+        cost = quantizer.cost(shape)
+        index_bits = cost.stored_bits * np.prod(shape)
+        operations = side**2 * cost.multiply_accumulates * cost.operation_bits
+        costs += index_bits, index_bits + cost.codebook_bits, operations
     # Products with tau / 9 are a last bit of float64 away from a whole number.
     return list(np.round(costs, 6))
 

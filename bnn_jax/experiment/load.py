@@ -1,0 +1,96 @@
+"""What a run reads: images, variables that a stage has saved, checkpoints and released files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bnn_jax import data, hosts
+from bnn_jax.data.memory import ImageSource
+from bnn_jax.errors import CheckpointError
+from bnn_jax.experiment import start
+from bnn_jax.experiment.build import Experiment, build_network
+from bnn_jax.experiment.folder import RunFolder
+from bnn_jax.stages import DataSpec, Stage, parse_reference
+from bnn_jax.storage.checkpoint import CheckpointStore, describe
+from bnn_jax.storage.pytorch import import_pytorch
+from bnn_jax.training.loop import Setup
+from bnn_jax.training.seeds import Seeds
+
+
+def load_images(config: Mapping[str, Any], spec: DataSpec) -> ImageSource:
+    """The images of a stage, as the config says where they lie."""
+    return data.build(spec, data_dir=config["data"]["data_dir"], seed=config["seed"], progress=hosts.is_first())
+
+
+class SavedVariables:
+    """Resolves references to saved variables: 'stage:NAME', 'stage:NAME@best' and 'file:PATH'.
+
+    Args:
+      experiment: whose stages references name.
+      folder: where those stages have saved their variables.
+    """
+
+    def __init__(self, experiment: Experiment, folder: RunFolder):
+        self._experiment, self._folder = experiment, folder
+
+    def load(self, reference: str, target: dict[str, Any], seeds: Seeds) -> dict[str, Any]:
+        """Variables a reference points to.
+
+        Args:
+          reference: 'stage:NAME', 'stage:NAME@best' or 'file:PATH'.
+          target: shapes of the variables of one seed.
+          seeds: those whose variables a stage has saved; a file has those of one.
+
+        Raises:
+          CheckpointError: nothing is saved there, it is damaged, or it is of another network.
+        """
+        parsed = parse_reference(reference)
+        if parsed.kind == "file":
+            return load_checkpoint(Path(parsed.target), target)
+        with CheckpointStore(self._folder.checkpoints(parsed.target), read_only=True) as store:
+            return store.restore(seeds.shapes(target), which=parsed.which)[0]
+
+    def with_network(
+        self, reference: str, *, source: ImageSource, default: Stage, seeds: Seeds
+    ) -> tuple[Any, dict[str, Any]]:
+        """Network and variables a reference points to; a file holds variables of ``default``'s network."""
+        network = build_network(self._experiment.stage_behind(reference, default), source.num_classes)
+        return network, self.load(reference, start.variable_shapes(network, source.image_shape), seeds)
+
+    def inherited_by(self, setup: Setup) -> start.Inherited | None:
+        """What a stage starts from; None where it starts afresh."""
+        stage, seeds = setup.stage, setup.seeds
+        if stage.inherit is None:
+            return None
+        reference = stage.inherit.source
+        network, variables = self.with_network(reference, source=setup.source, default=stage, seeds=seeds)
+        of_stage = parse_reference(reference).kind == "stage"
+        return start.Inherited(network, seeds.unstack(variables) if of_stage else [variables] * seeds.count)
+
+    def of_teacher(self, setup: Setup) -> dict[str, Any]:
+        """Variables of a stage's teacher, or {} where no objective needs one."""
+        teacher = setup.stage.teacher
+        if setup.parts.teacher is None or teacher is None:
+            return {}
+        shapes = start.variable_shapes(setup.parts.teacher, setup.source.image_shape)
+        return self.load(teacher.source, shapes, setup.seeds)
+
+
+def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
+    """Variables from a file of PyTorch's, or from a checkpoint folder of ours.
+
+    Args:
+      path: '.pth', '.pth.tar', '.pt' or '.th' file; or a stage's folder, its ``checkpoints`` or one step in it.
+      target: shapes of the network's variables.
+
+    Raises:
+      CheckpointError: missing, damaged, or of another network.
+    """
+    if not path.exists():
+        raise CheckpointError(f"--checkpoint={path}: no such file or folder")
+    if path.is_file():
+        # Such a file holds no knobs: their defaults hold.
+        return import_pytorch(path, {name: shapes for name, shapes in target.items() if name != "knobs"})
+    directory, step = describe(path)
+    with CheckpointStore(directory, read_only=True) as store:
+        return store.restore(target, which="last" if step is None else step)[0]
