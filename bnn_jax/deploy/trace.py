@@ -122,7 +122,7 @@ def _weights_of(quantizer: Any, arguments: tuple, forward: Callable[[], Any]) ->
     scale = scale.reshape(-1) if scale.size > 1 else scale.reshape(())
     if levels.ndim == 2:
         return _pattern_weights(indices, levels, scale)
-    return _level_weights(indices, levels, scale, float(quantizer.stored_bits))
+    return _level_weights(indices, levels, scale, quantizer.cost(indices.shape).stored_bits)
 
 
 def _pattern_weights(indices: np.ndarray, levels: np.ndarray, scale: np.ndarray) -> PatternWeights:
