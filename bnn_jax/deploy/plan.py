@@ -207,7 +207,7 @@ class Plan:
         found: list[tuple[str, float]] = []
         names = iter(self._names)
         for name, segment in self._segments:
-            parts = [segment] if name == "host" else [type(segment[0] * 1)(each) for each in segment]
+            parts = [segment] if name == "host" else [(native.COperation * 1)(each) for each in segment]
             for part in parts:
                 started = time.perf_counter()
                 part() if name == "host" else self._kernels.run(part, threads)
@@ -321,24 +321,39 @@ class Plan:
         node = self._program.nodes[first]
         is_product = not group.loads and first in self._layers.products
         operation = self._product(first, node) if is_product else self._moving(first + 1, node, loads=group.loads)
+        # What sums of integers are still to be multiplied with and raised by.
+        scaled = self._layers.scale(first, node) if is_product else None
         steps: list[native.CStep] = []
-        if is_product:
-            scaled = self._layers.scale(first, node)
-            if scaled is not None:
-                steps.append(self._step("affine", operation.channels, first=scaled[0], second=scaled[1]))
         for position, index in enumerate(group.nodes):
             following = group.nodes[position + 1] if position + 1 < len(group.nodes) else None
             outputs = [self._allocate(index + 1, each) for each in self._layouts(index + 1, inside=following)]
-            if (position or group.loads) and not self._needless(index, outputs, following):
+            if position or group.loads:
                 before = group.nodes[position - 1] + 1 if position else node.inputs[0]
-                following_node = self._program.nodes[index]
-                steps.append(self._follower(following_node, before, operation.channels))
-                if "sign" in following_node.options:
-                    sign = following_node.options["sign"]
-                    steps.append(self._step("negate_some", operation.channels, first=sign))
+                scaled = self._follow(steps, index, before, operation.channels, scaled)
+            if scaled is not None and (outputs or following is None):
+                if np.any(scaled[0] != 1) or np.any(scaled[1] != 0):
+                    steps.append(self._step("affine", operation.channels, first=scaled[0], second=scaled[1]))
+                scaled = None
+            if (position or group.loads) and self._needless(index, outputs, following):
+                steps.pop()
             steps += [self._store(buffer) for buffer in outputs]
         self._finish(operation, steps)
         return operation
+
+    def _follow(
+        self, steps: list[native.CStep], index: int, before: int, channels: int, scaled: tuple[Any, Any] | None
+    ) -> tuple[Any, Any] | None:
+        """Adds the steps of an operation; returns what is still to be multiplied with, if the operation only does that."""
+        node = self._program.nodes[index]
+        if scaled is not None and node.kind == "affine":
+            scale, offset = node.options.get("scale", np.float32(1)), node.options.get("offset", np.float32(0))
+            return scaled[0] * scale, scaled[1] * scale + offset
+        if scaled is not None:
+            steps.append(self._step("affine", channels, first=scaled[0], second=scaled[1]))
+        steps.append(self._follower(node, before, channels))
+        if "sign" in node.options:
+            steps.append(self._step("negate_some", channels, first=node.options["sign"]))
+        return None
 
     def _finish(self, operation: native.COperation, steps: list[native.CStep]) -> None:
         array = (native.CStep * len(steps))(*steps)

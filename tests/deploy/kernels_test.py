@@ -2,6 +2,10 @@
 
 import ctypes
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,15 +19,34 @@ from bnn_jax.deploy.plan import Layers, Plan
 from bnn_jax.deploy.weights import FloatWeights, LevelWeights, PatternWeights, Weights
 from bnn_jax.errors import UserError
 
-NAMES = ("avx512", "avx2", "plain")
+NAMES = ("avx512", "wide", "avx2", "plain")
+
+
+@pytest.fixture(scope="session")
+def wide_library(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The library with the kernels of 64 bytes that need no instructions of their own."""
+    return compiled(tmp_path_factory.mktemp("wide") / "kernels.so", "-O1", "-DWIDE")
 
 
 @pytest.fixture(params=NAMES)
-def kernels(request: pytest.FixtureRequest) -> native.Kernels:
+def kernels(request: pytest.FixtureRequest, wide_library: Path | None) -> native.Kernels:
     found = {each.name: each for each in native.instruction_sets()}
+    if wide_library is not None:
+        found.update({each.name: each for each in native.instruction_sets(wide_library) if each.name == "wide"})
     if request.param not in found:
         pytest.skip(f"this machine (or its compiler) has no {request.param}")
     return found[request.param]
+
+
+def compiled(path: Path, *options: str) -> Path | None:
+    """The kernels compiled with further options, or None where there is no compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    source = Path(native.__file__).parent / "kernels" / "kernels.c"
+    flags = ("-std=gnu11", "-fPIC", "-shared", "-pthread", *options)
+    subprocess.run([compiler, *flags, str(source), "-o", str(path), "-lm"], check=True, timeout=300)
+    return path
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -268,3 +291,31 @@ def test_without_a_library_one_line_says_that_numpy_is_used(monkeypatch: pytest.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native.choose("numpy") is None
+
+
+@pytest.mark.slow
+def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
+    """All cases of this file once more, in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    library = compiled(tmp_path / "kernels.so", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    if library is None:
+        pytest.skip("no compiler")
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_file():
+        pytest.skip("no library of AddressSanitizer")
+    program = (
+        "import pathlib, sys\n"
+        "from bnn_jax.deploy import native\n"
+        "from tests.deploy import kernels_test as t\n"
+        "for kernels in native.instruction_sets(pathlib.Path(sys.argv[1])):\n"
+        "    for name in t.CASES: t.test_a_product(name, kernels)\n"
+        "    for name in t.FOLLOWERS: t.test_an_operation_of_the_format(name, kernels)\n"
+        "    t.test_a_value_that_is_read_in_several_forms(kernels)\n"
+        "    t.test_the_largest_sums_are_exact(kernels)\n"
+        "print('finished')"
+    )
+    # Python itself leaves memory to the end of the process.
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    finished = subprocess.run(
+        [sys.executable, "-c", program, str(library)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert finished.returncode == 0 and finished.stdout.split()[-1] == "finished", finished.stderr[-3000:]

@@ -75,6 +75,19 @@ static void transpose_sums(const int16_t *sums, int channels, float *row, int64_
 #undef NAME
 #undef NAME_TEXT
 
+#ifdef WIDE
+/* The 64-byte kernels without their instructions, so that their layouts can be tried on machines that lack these. */
+#define VECTOR_BYTES 64
+#define READS_NIBBLES 0
+#define NAME(x) JOIN(wide_, x)
+#define NAME_TEXT "wide"
+#include "kernels.inc"
+#undef VECTOR_BYTES
+#undef READS_NIBBLES
+#undef NAME
+#undef NAME_TEXT
+#endif
+
 #ifdef X86
 #ifdef __clang__
 BEGIN_TARGET("avx2,fma,bmi2,popcnt")
@@ -129,7 +142,9 @@ END_TARGET
 
 /* The set of that number, best first, or NULL beyond the last. */
 const InstructionSet *bnn_instruction_set(int index) {
-#ifdef X86
+#ifdef WIDE
+    static const InstructionSet *const sets[] = {&plain_set, &wide_set};
+#elif defined(X86)
     static const InstructionSet *const sets[] = {&avx512_set, &avx2_set, &plain_set};
 #else
     static const InstructionSet *const sets[] = {&plain_set};
