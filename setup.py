@@ -32,7 +32,6 @@ CORE = [
     "array_record>=0.8",
     "grain>=0.2.16",
     "ml_collections>=1.1",
-    "chex>=0.1.91",
     "absl-py>=2.3",
     "rich>=14.0",
     "pillow>=11.0",

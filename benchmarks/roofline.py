@@ -69,10 +69,12 @@ class Step:
         if setup.parts.teacher is not None:
             # Values do not matter for speed: any start of the teacher's network will do.
             (teacher,) = first_variables(set_up(experiment, experiment.stages[0], setup.source), None)
-        images, labels = Feed(setup.source.train, devices).arrays
+        feed = Feed(setup.source.train, devices)
+        images, labels = feed.arrays
         self.constants = Constants(images, labels, devices.replicate(teacher))
-        indices, mask = devices.pad_rows(np.arange(batch_size, dtype=np.int32)[None], np.ones((1, batch_size), bool))
-        self.batch = devices.split(indices, devices.stacked_rows), devices.split(mask, devices.stacked_rows)
+        plan = np.arange(batch_size, dtype=np.int32)[None], np.ones((1, batch_size), bool)
+        dispatch = next(feed.dispatches(*plan))
+        self.batch = dispatch.rows, dispatch.mask
         # Fresh variables, whatever the stage would start from.
         size = jax.numpy.zeros((1, *setup.source.image_shape))
         self.state = new_state(setup, init_variables(setup.network, jax.random.key(0), size), devices)

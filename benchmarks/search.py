@@ -32,10 +32,9 @@ from bnn_jax.data.augment import prepare_eval
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment import start
 from bnn_jax.methods.basq import quant_spec
-from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.stages import DataSpec, spec
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.evaluate import Evaluator, PathEvaluator
 
 
 def setting(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
@@ -69,7 +68,7 @@ def sides_of(options: argparse.Namespace) -> dict[str, tuple[Callable[[], list[f
 
     sides: dict[str, Any] = {"one": (one_at_a_time, one._step._cache_size)}
     for at_once in map(int, options.paths_at_once.split(",")):
-        several = PopulationEvaluator(network, split=split, paths_at_once=at_once, **shared)
+        several = PathEvaluator(network, split=split, paths_at_once=at_once, **shared)
         images = np.arange(len(split), dtype=np.int32)
         sides[str(at_once)] = (
             functools.partial(several, variables, paths.tolist(), images),

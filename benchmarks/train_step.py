@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from bnn_jax.quantizers import QuantContext
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
-from bnn_jax.training.loop import EpochClock, LoopOptions, StageLoop
+from bnn_jax.training.loop import EpochMeter, LoopOptions, StageLoop
 from bnn_jax.training.progress import Progress
 from configs import asbq_resnet20, skd_resnet20
 
@@ -119,14 +119,17 @@ class LoopSide:
         self.epoch = 0
 
     def run(self) -> tuple[float, int]:
-        """Seconds and images of one epoch."""
-        progress = Progress("benchmark", total=10**9)
-        started = time.perf_counter()
-        clock = EpochClock()
-        self.state = self.loop._train_epoch(self.state, self.epoch, clock, progress, StopRequest())
-        jax.block_until_ready(self.state.params)
+        """Seconds and images of the training steps of one epoch."""
+        progress, meter = Progress("benchmark", total=10**9), EpochMeter(self.refuse)
+        self.state = self.loop.run_epoch(self.state, self.epoch, meter, progress, StopRequest())
+        self.loop.store.wait()
         self.epoch += 1
-        return time.perf_counter() - started, clock.images
+        return meter.seconds, meter.images
+
+    @staticmethod
+    def refuse(step: int, _: Any) -> NoReturn:
+        """Ends a benchmark whose loss is not finite."""
+        raise SystemExit(f"the loss is not finite at step {step}")
 
 
 class BareSide:

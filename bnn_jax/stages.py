@@ -1,7 +1,7 @@
 """Stages: a whole training run as plain data.
 
 A method is a function ``stages(config) -> tuple[Stage, ...]``. Everything in a stage is a frozen dataclass of plain
-values, so it can be printed, compared, written as JSON and fingerprinted; nothing here imports jax. The pipeline turns
+values, so it can be printed, compared, written as JSON and fingerprinted; nothing here imports jax. An experiment turns
 each stage into a network, a data source, objectives and an optimiser, trains it and hands its result to the next.
 """
 

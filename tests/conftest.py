@@ -11,8 +11,8 @@ import pytest
 
 TESTS_RUN = pytest.StashKey[int]()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Most of their time is compiling; without optimisation it takes a third.
-WHOLE_RUNS = ROOT / "tests" / "integration"
+# Tests of whole runs; most of their time is compiling, which takes a third of it without optimisation.
+WHOLE_RUNS = {ROOT / "tests" / name for name in ("integration", "benchmarks", "notebooks_test.py")}
 OPTIMIZATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 OPTIMIZATION_CHOSEN = OPTIMIZATION in os.environ
 
@@ -47,8 +47,8 @@ TESTS_BETWEEN_CLEARINGS = 500
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Compiles as users do, but quickly where whole runs are compared with each other."""
-    quick = "true" if WHOLE_RUNS in item.path.parents else "false"
+    """Lets jax compile as for users, but quickly in tests of whole runs."""
+    quick = "false" if WHOLE_RUNS.isdisjoint((item.path, *item.path.parents)) else "true"
     if os.environ.get(OPTIMIZATION) != quick and not OPTIMIZATION_CHOSEN:
         # Processes that the test starts read the variable.
         os.environ[OPTIMIZATION] = quick

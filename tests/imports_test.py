@@ -17,6 +17,7 @@ LAYERS = {
     "errors": 0,
     "stages": 0,
     "knobs": 0,
+    "catalogue": 0,
     "keys": 1,
     "files": 1,
     "hosts": 1,
@@ -42,19 +43,22 @@ ONLY = {
     "errors": set(),
     "stages": set(),
     "knobs": set(),
+    "catalogue": set(),
     "keys": {"errors"},
     "files": set(),
     "hosts": {"errors"},
     "schedules": {"stages"},
     "ops": set(),
-    "methods": {"stages", "errors", "keys", "knobs"},
+    "methods": {"stages", "errors", "keys", "knobs", "catalogue"},
     "data": {"stages", "errors", "files", "restricted_pickle"},
+    "search": {"errors"},
 }
 # What it may import from elsewhere besides the standard library, where that is restricted.
 OUTSIDE = {
     "errors": set(),
     "stages": set(),
     "knobs": set(),
+    "catalogue": set(),
     "keys": set(),
     "files": set(),
     "hosts": {"jax", "numpy"},
@@ -62,6 +66,7 @@ OUTSIDE = {
     "schedules": {"jax"},
     "ops": {"jax"},
     "methods": {"ml_collections"},
+    "search": {"numpy"},
 }
 # Never needed at run time.
 FORBIDDEN = {"tensorflow", "torch", "tests", "configs"}
@@ -114,6 +119,27 @@ def test_every_part_of_the_package_has_its_layer() -> None:
 def test_imports_point_down(path: pathlib.Path) -> None:
     package = ["bnn_jax", *path.relative_to(PACKAGE).parts[:-1]]
     assert violations(part_of(path), imported_names(path.read_text(), package)) == []
+
+
+def module_name(path: pathlib.Path) -> str:
+    """'bnn_jax.data.order' of a file; a package has the name of its folder."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {module_name(path): path for path in MODULES}
+
+    def imported(name: str) -> set[str]:
+        path = names[name]
+        found = imported_names(path.read_text(), list(path.relative_to(ROOT).parts[:-1]))
+        # 'from bnn_jax.data import order' names a module, 'from bnn_jax.data.order import permutation' what is in one.
+        return {module for text in found for module in (text, text.rpartition(".")[0]) if module in names} - {name}
+
+    left = {name: imported(name) for name in names}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"each of these needs another of them: {sorted(left)}"
 
 
 @pytest.mark.parametrize(

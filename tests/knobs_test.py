@@ -19,11 +19,10 @@ from bnn_jax.experiment.build import check_knobs
 from bnn_jax.knobs import ERROR_DECAY_K, Knob
 from bnn_jax.objectives import Objective
 from bnn_jax.quantizers.base import Encoded, QuantContext, WeightQuantizer, encode_integers, evaluation_context
-from bnn_jax.search.population import PopulationEvaluator
-from bnn_jax.stages import ParameterGroup, QuantSpec, Stage, spec
+from bnn_jax.stages import Inherit, ParameterGroup, QuantSpec, Stage, Teacher, spec
 from bnn_jax.storage.weights import encoded_weights
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.evaluate import Evaluator, PathEvaluator
 from bnn_jax.training.step import compile_train_steps
 from tests.integration.launching import QUICKSTART, launch_well, records, result
 from tests.training import tiny
@@ -60,6 +59,7 @@ class TeachersLogits(Objective):
     needs = frozenset({"teacher_logits"})
 
     def __call__(self, outputs, batch, state, ctx):
+        assert outputs.teacher_logits is not None
         return jnp.sum(outputs.teacher_logits) + 0.0 * jnp.sum(outputs.logits)
 
 
@@ -124,7 +124,7 @@ def test_evaluation_search_and_export_read_the_stored_value():
     data, devices = tiny.source(num_test=12), all_devices()
     options = {"prepare": tiny.prepare_for_evaluation, "batch_size": 12, "devices": devices}
     evaluate = Evaluator(NETWORK, splits={"test": data.test}, **options)
-    search = PopulationEvaluator(NETWORK, split=data.test, paths_at_once=2, **options)
+    search = PathEvaluator(NETWORK, split=data.test, paths_at_once=2, **options)
     found = {}
     for gain in (1.0, -1.0):
         variables = devices.replicate(variables_with(gain))
@@ -148,7 +148,7 @@ def test_without_a_stored_value_the_default_holds():
 
 def test_what_is_made_anew_sees_the_value_of_its_own_network():
     images = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3))
-    result = start.recompute(NETWORK, variables_with(2.5), images, patterns=("/seen$",))
+    result = start.recompute_program(NETWORK)(start.without(variables_with(2.5), ("/seen$",)), images)
     assert result["quant_state"]["conv"]["weight_quantizer"]["seen"] == 2.5
     assert result["knobs"] == {"gain": 2.5}
 
@@ -186,10 +186,8 @@ def stages(config: Any) -> tuple[Stage, ...]:
         )
         for name, values in GAINS.items()
     )
-    taught = dataclasses.replace(
-        second, teacher="stage:first@last", init_from="stage:first@last", objectives=(spec("distillation"),)
-    )
-    return first, taught
+    records = {"inherit": Inherit("stage:first@last"), "teacher": Teacher("stage:first@last")}
+    return first, dataclasses.replace(second, objectives=(spec("distillation"),), **records)
 
 
 def test_train_evaluate_and_export_agree(tmp_path, monkeypatch):

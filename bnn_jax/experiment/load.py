@@ -89,8 +89,7 @@ def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"--checkpoint={path}: no such file or folder")
     if path.is_file():
-        # Such a file holds no knobs: their defaults hold.
-        return import_pytorch(path, {name: shapes for name, shapes in target.items() if name != "knobs"})
+        return import_pytorch(path, target)
     directory, step = describe(path)
     with CheckpointStore(directory, read_only=True) as store:
         return store.restore(target, which="last" if step is None else step)[0]

@@ -27,10 +27,10 @@ from bnn_jax.experiment.load import SavedVariables
 from bnn_jax.experiment.results import described_run
 from bnn_jax.search.evolution import Evolution, Settings, restored_rng, rng_state
 from bnn_jax.search.folds import Folds, make_folds
-from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.search.results import statistics
 from bnn_jax.stages import Stage
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.evaluate import PathEvaluator
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.progress import Progress, say
 from bnn_jax.training.seeds import one_seed
@@ -137,7 +137,7 @@ def _evaluator(
     config, devices, saved = experiment.config, all_devices(), SavedVariables(experiment, folder)
     network, variables = saved.with_network(stage.inherit.source, source=source, default=stage, seeds=one_seed(0))
     at_once = config["basq"]["paths_at_once"] or PATHS_AT_ONCE.get(jax.default_backend(), PATHS_AT_ONCE_ELSEWHERE)
-    evaluator = PopulationEvaluator(
+    evaluator = PathEvaluator(
         network,
         prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
         split=searched_split(stage, source),

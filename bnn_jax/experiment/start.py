@@ -24,9 +24,9 @@ from bnn_jax.objectives.base import Objective
 from bnn_jax.quantizers.base import QuantContext, evaluation_context
 from bnn_jax.storage.weights import encoded_weights, put_base
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.epoch_sums import zero_metric_sums
 from bnn_jax.training.loop import Setup
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.step import zero_metric_sums
 
 COLLECTIONS = ("params", "batch_stats", "quant_state")
 

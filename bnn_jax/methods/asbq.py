@@ -17,6 +17,7 @@ Reference: Xu et al., "Adaptive Multi-bit Progressive Quantization for Stable Tr
 from collections.abc import Mapping
 from typing import Any
 
+from bnn_jax.catalogue import facts_of
 from bnn_jax.errors import UserError
 from bnn_jax.keys import (
     ALL_NOT_NEGATIVE,
@@ -90,18 +91,10 @@ KEYS: Section = {
     "kd_factor": Key(None, "factor on the divergence, T the temperature", ("1", "T2", "2T2"), kind=str),
 }
 
-IMAGENET_NETWORKS = ("resnet18", "resnet34")
-PLAIN_NETWORKS = ("vgg_small",)
-
 
 def stage_name(bits: int) -> str:
     """'w4a4' for 4 bits."""
     return f"w{bits}a{bits}"
-
-
-def has_asbq_blocks(network: str) -> bool:
-    """Whether the network is built of one of the method's blocks; others have none, or some of their own."""
-    return network.startswith("resnet")
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,11 +106,12 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     asbq = config["asbq"]
     switches = switches_of(asbq, PRESETS)
     network = config["network"]
-    if network in IMAGENET_NETWORKS:
+    blocks = facts_of(network).asbq_blocks
+    if blocks == ("imagenet",):
         if switches["block"] == "checkpoint" or asbq["block"] not in (None, "imagenet"):
             raise UserError(f"config.asbq.block={switches['block']!r}: accepted with network {network!r} is 'imagenet'")
         switches["block"] = "imagenet"
-    elif not has_asbq_blocks(network):
+    elif not blocks:
         if asbq["block"] is not None:
             raise UserError(f"config.asbq.block={asbq['block']!r}: {network!r} has no such blocks; leave it empty")
     elif switches["block"] == "imagenet":
@@ -186,7 +180,7 @@ def _rung(
 
 def network_spec(config: Mapping[str, Any], switches: Mapping[str, Any], **options: Any) -> Spec:
     """The network, of the method's blocks where it has some."""
-    block = {"block": switches["block"]} if has_asbq_blocks(config["network"]) else {}
+    block = {"block": switches["block"]} if facts_of(config["network"]).asbq_blocks else {}
     return spec(config["network"], **block, **options)
 
 
@@ -207,18 +201,18 @@ def _paper_masks(switches: Mapping[str, Any]) -> bool:
 def quant_spec(config: Mapping[str, Any], switches: Mapping[str, Any], *, bits: int, masked: bool) -> QuantSpec:
     """Quantizers of a rung; the first convolution, the shortcuts and the classifier stay full precision (VGG-Small: the
     first convolution is quantized too, its input is not)."""
+    quantized_first = facts_of(config["network"]).quantized_first
     weight = IDENTITY if bits == 32 else spec("dorefa", bits=bits, **({"one_bit": switches["w1"]} if bits == 1 else {}))
     if masked and config["asbq"]["prune_amount"] > 0:
-        plain = config["network"] in PLAIN_NETWORKS
         weight = spec(
             "pruned",
             inner=weight,
             amount=config["asbq"]["prune_amount"],
-            pattern="row_block" if plain else "filter",
+            pattern="row_block" if quantized_first else "filter",
             apply_mask=switches["prune_apply"].removesuffix("_quant"),
         )
     act = IDENTITY if bits == 32 else spec("dorefa", bits=bits)
-    return QuantSpec(weight=weight, act=act, first=weight if config["network"] in PLAIN_NETWORKS else IDENTITY)
+    return QuantSpec(weight=weight, act=act, first=weight if quantized_first else IDENTITY)
 
 
 def objectives(config: Mapping[str, Any], switches: Mapping[str, Any], *, has_teacher: bool) -> tuple[Spec, ...]:

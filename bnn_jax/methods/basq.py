@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from bnn_jax.catalogue import facts_of
 from bnn_jax.errors import UserError
 from bnn_jax.keys import (
     ALL_POSITIVE,
@@ -123,7 +124,7 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 def _check(config: Mapping[str, Any], switches: Mapping[str, Any]) -> None:
     basq = config["basq"]
-    if not config["network"].startswith("basq_"):
+    if not facts_of(config["network"]).searched:
         raise UserError(f"config.network={config['network']!r}: accepted with BASQ are the networks 'basq_...'")
     if len(basq["epochs"]) not in (1, 2):
         raise UserError(f"config.basq.epochs={basq['epochs']!r}: accepted is one value, or one for each of 2 phases")

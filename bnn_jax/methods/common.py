@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from bnn_jax.catalogue import facts_of
 from bnn_jax.errors import UserError
 from bnn_jax.keys import POSITIVE, STAGE_OR_FILE, Key, Section
 from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, Teacher, spec
@@ -130,5 +131,5 @@ def fit_memory(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[St
 
 def _extra_objective(stage: Stage, name: str, weight: float) -> Spec:
     # Features of a dense layer have no positions to average over.
-    flat = name == "feature_swap" and stage.network.name == "hardtanh_mlp"
+    flat = name == "feature_swap" and facts_of(stage.network.name).dense
     return spec(name, weight=weight, **({"compare": "elementwise"} if flat else {}))

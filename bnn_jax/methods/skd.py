@@ -13,6 +13,7 @@ Reference: Zeng et al. 2024 (Applied Intelligence 54, 4994); release: Wzixin/SKD
 from collections.abc import Mapping
 from typing import Any
 
+from bnn_jax.catalogue import facts_of
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Section
 from bnn_jax.knobs import ERROR_DECAY_K, ERROR_DECAY_T
@@ -50,14 +51,6 @@ KEYS: Section = {
     ),
 }
 
-# Initialisers of the released networks: convolutions fan-in (CIFAR ResNets) or fan-out.
-NETWORK_INITS = {
-    "hardtanh_resnet20": "he_fan_in_normal",
-    "hardtanh_resnet18_cifar": "he_fan_in_normal",
-    "hardtanh_resnet18": "he_normal",
-    "hardtanh_vgg_small": "he_normal",
-}
-
 
 def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     """A stage for each entry of ``config.skd.epochs``.
@@ -93,7 +86,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_mlp(config: Mapping[str, Any]) -> bool:
-    return config["network"] == "hardtanh_mlp"
+    return facts_of(config["network"]).dense
 
 
 def _stage(config: Mapping[str, Any], switches: Mapping[str, Any], names: list[str], index: int) -> Stage:
@@ -120,8 +113,8 @@ def _stage(config: Mapping[str, Any], switches: Mapping[str, Any], names: list[s
 def network_spec(config: Mapping[str, Any], switches: Mapping[str, Any]) -> Spec:
     """The network with its published initialisers; networks of other methods keep their own."""
     if _is_mlp(config):
-        return spec("hardtanh_mlp", hidden=switches["hidden"], dropout=config["skd"]["dropout"])
-    init = NETWORK_INITS.get(config["network"])
+        return spec(config["network"], hidden=switches["hidden"], dropout=config["skd"]["dropout"])
+    init = facts_of(config["network"]).released_init
     return spec(config["network"], **({"kernel_init": init, "full_precision_init": init} if init else {}))
 
 

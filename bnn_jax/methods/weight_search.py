@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from bnn_jax.catalogue import facts_of
 from bnn_jax.errors import UserError
 from bnn_jax.keys import (
     ALL_NOT_NEGATIVE,
@@ -90,10 +91,6 @@ SIGNS, FACTORS = (1.0, -1.0), (1.0, 0.5)
 # Activation quantizers that binarise to -1 and +1; of what a ReLU leaves they make +1 alone.
 SIGN_ACTIVATIONS = ("sign", "irnet", "approx_sign")
 
-# Layers outside of the search, by network; all others are called conv1 and fc.
-FIRST_LAYERS = {"vgg_small": "conv0", "hardtanh_vgg_small": "conv0", "standard_vgg_small": "conv0"}
-LAST_LAYERS = {"hardtanh_mlp": "fc4"}
-
 
 def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     """One stage, or with ``config.weight_search.by_bit`` one for each bit.
@@ -148,7 +145,7 @@ def _check(config: Mapping[str, Any]) -> None:
             f"config.weight_search.by_bit={section['by_bit']!r}: accepted is () with soft={section['soft']!r}, "
             f"values={section['values']!r}: bits are found by hard choices"
         )
-    if section["activations"] in SIGN_ACTIVATIONS and network.startswith("standard_"):
+    if section["activations"] in SIGN_ACTIVATIONS and facts_of(network).behind_relu:
         raise UserError(
             f"config.weight_search.activations={section['activations']!r}: behind the ReLU of {network!r} no sign is "
             "-1; accepted are identity, dorefa, or a network without ReLU such as 'hardtanh_resnet20'"
@@ -230,12 +227,12 @@ def optim_spec(config: Mapping[str, Any], weight: Spec, *, epochs: int) -> Optim
     own = section["logit_weight_decay"]
     if own is None or weight == IDENTITY:
         return optim
-    network = config["network"]
+    facts = facts_of(config["network"])
     outer = [
         layer
         for layer, searched in (
-            (FIRST_LAYERS.get(network, "conv1"), section["quantize_first"] or network in LAST_LAYERS),
-            (LAST_LAYERS.get(network, "fc"), section["quantize_last"]),
+            (facts.first_layer, section["quantize_first"] or facts.dense),
+            (facts.last_layer, section["quantize_last"]),
         )
         if not searched
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from bnn_jax.catalogue import blocks_of_depth, facts_of
 from bnn_jax.layers.conv import QuantConv, QuantDense, fan_in_uniform
 from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_in_normal, he_fan_out_normal, uniform_hundredth
 from bnn_jax.networks.blocks import BLOCKS
@@ -20,85 +21,72 @@ from bnn_jax.networks.vgg_small import VggSmall
 from bnn_jax.quantizers import ActQuantizer, build_act, build_weight, declared_knobs
 from bnn_jax.stages import IDENTITY, QuantSpec, Spec
 
+CIFAR_WIDTHS, WIDTHS = (16, 32, 64), (64, 128, 256, 512)
 
-def _cifar_resnet(blocks_per_stage: int) -> Callable[..., nn.Module]:
-    """CIFAR ResNet of depth 6b + 2."""
-    return functools.partial(CifarResNet, stage_sizes=(blocks_per_stage,) * 3, widths=(16, 32, 64))
-
-
-def _standard_imagenet_resnet(stage_sizes: tuple[int, ...], **options: Any) -> Callable[..., nn.Module]:
-    """Post-activation ResNet for 224x224 images."""
-    widths = (64, 128, 256, 512)
-    return functools.partial(StandardResNet, stage_sizes=stage_sizes, widths=widths, imagenet_stem=True, **options)
-
-
-def _reactnet(stage_sizes: tuple[int, ...], **options: Any) -> Callable[..., nn.Module]:
-    """ReActNet-style network with the widths of ResNet-18."""
-    return functools.partial(ReActNet, stage_sizes=stage_sizes, **{"widths": (64, 128, 256, 512), **options})
-
-
-NETWORKS: dict[str, Callable[..., Any]] = {
-    "resnet8": _cifar_resnet(1),
-    "resnet14": _cifar_resnet(2),
-    "resnet20": _cifar_resnet(3),
-    "resnet26": _cifar_resnet(4),
-    "resnet56": _cifar_resnet(9),
-    "resnet110": _cifar_resnet(18),
-    "resnet18_cifar": functools.partial(CifarResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512)),
-    "resnet18": functools.partial(
-        ImageNetResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), block="imagenet"
+# The networks for CIFAR with three stages of n blocks, depth 6n + 2; one of ReActNet's blocks has one convolution only.
+_DEPTH_FAMILIES: dict[str, Callable[[int], Callable[..., Any]]] = {
+    "resnet": lambda n: functools.partial(CifarResNet, stage_sizes=(n,) * 3, widths=CIFAR_WIDTHS),
+    "hardtanh_resnet": lambda n: functools.partial(
+        HardTanhResNet, stage_sizes=(n,) * 3, widths=CIFAR_WIDTHS, block="double_skip_padded"
     ),
-    "resnet34": functools.partial(
-        ImageNetResNet, stage_sizes=(3, 4, 6, 3), widths=(64, 128, 256, 512), block="imagenet"
+    "standard_resnet": lambda n: functools.partial(
+        StandardResNet, stage_sizes=(n,) * 3, widths=CIFAR_WIDTHS, block="post_activation_padded"
     ),
-    "vgg_small": VggSmall,
-    "hardtanh_resnet20": functools.partial(
-        HardTanhResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64), block="double_skip_padded"
-    ),
-    "hardtanh_resnet18_cifar": functools.partial(
-        HardTanhResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), block="single_skip"
-    ),
-    "hardtanh_resnet18": functools.partial(
-        HardTanhResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), imagenet_stem=True
-    ),
-    "hardtanh_vgg_small": HardTanhVgg,
-    "hardtanh_mlp": HardTanhMlp,
-    "standard_resnet20": functools.partial(
-        StandardResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64), block="post_activation_padded"
-    ),
-    "standard_resnet18_cifar": functools.partial(StandardResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512)),
-    "standard_resnet18": _standard_imagenet_resnet((2, 2, 2, 2)),
-    "standard_resnet34": _standard_imagenet_resnet((3, 4, 6, 3)),
-    "standard_resnet50": _standard_imagenet_resnet((3, 4, 6, 3), block="bottleneck"),
-    "standard_vgg_small": StandardVgg,
-    "reactnet18": _reactnet((4, 4, 4, 4), imagenet_stem=True),
-    "reactnet34": _reactnet((6, 8, 12, 6), imagenet_stem=True),
-    "reactnet18_cifar": _reactnet((4, 4, 4, 4)),
-    "reactnet20": _reactnet((6, 6, 6), widths=(16, 32, 64)),
-    "reactnet8": _reactnet((2, 2, 2), widths=(16, 32, 64)),
-    **SEARCHED_NETWORKS,
+    "reactnet": lambda n: functools.partial(ReActNet, stage_sizes=(2 * n,) * 3, widths=CIFAR_WIDTHS),
 }
+
+
+class _Networks(dict[str, Callable[..., Any]]):
+    """The networks by name; of the families for CIFAR it holds every depth 6n + 2 ('standard_resnet32')."""
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        found = blocks_of_depth(name)
+        if found is None:
+            raise KeyError(name)
+        return _DEPTH_FAMILIES[found[0]](found[1])
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and blocks_of_depth(name) is not None)
+
+
+def _named(prefix: str, make: Callable[..., Any], sizes: dict[str, tuple[int, ...]], **options: Any) -> dict[str, Any]:
+    """Networks of one kind with the widths of ResNet-18, by the end of their names."""
+    return {
+        f"{prefix}{end}": functools.partial(make, stage_sizes=stage_sizes, widths=WIDTHS, **options)
+        for end, stage_sizes in sizes.items()
+    }
+
+
+_CIFAR_18, _18_AND_34 = {"18_cifar": (2, 2, 2, 2)}, {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
+
+NETWORKS: dict[str, Callable[..., Any]] = _Networks(
+    {
+        **{f"resnet{6 * n + 2}": _DEPTH_FAMILIES["resnet"](n) for n in (1, 2, 3, 4, 9, 18)},
+        **_named("resnet", CifarResNet, _CIFAR_18),
+        **_named("resnet", ImageNetResNet, _18_AND_34, block="imagenet"),
+        "vgg_small": VggSmall,
+        "hardtanh_resnet20": _DEPTH_FAMILIES["hardtanh_resnet"](3),
+        **_named("hardtanh_resnet", HardTanhResNet, _CIFAR_18, block="single_skip"),
+        **_named("hardtanh_resnet", HardTanhResNet, {"18": (2, 2, 2, 2)}, imagenet_stem=True),
+        "hardtanh_vgg_small": HardTanhVgg,
+        "hardtanh_mlp": HardTanhMlp,
+        "standard_resnet20": _DEPTH_FAMILIES["standard_resnet"](3),
+        **_named("standard_resnet", StandardResNet, _CIFAR_18),
+        **_named("standard_resnet", StandardResNet, _18_AND_34, imagenet_stem=True),
+        **_named("standard_resnet", StandardResNet, {"50": (3, 4, 6, 3)}, imagenet_stem=True, block="bottleneck"),
+        "standard_vgg_small": StandardVgg,
+        **_named("reactnet", ReActNet, {"18": (4, 4, 4, 4), "34": (6, 8, 12, 6)}, imagenet_stem=True),
+        **_named("reactnet", ReActNet, {"18_cifar": (4, 4, 4, 4)}),
+        **{f"reactnet{6 * n + 2}": _DEPTH_FAMILIES["reactnet"](n) for n in (3, 1)},
+        **SEARCHED_NETWORKS,
+    }
+)
 
 KERNEL_INITS: dict[str, Callable[..., Any]] = {
     "uniform": fan_in_uniform,
     "he_normal": he_fan_out_normal,
     "he_fan_in_normal": he_fan_in_normal,
     "uniform_hundredth": uniform_hundredth,
-}
-
-# Initialiser of all convolutions where no option says otherwise, of the networks that were published with one.
-CONVOLUTION_INITS: dict[str, str] = {
-    "standard_resnet20": "he_fan_in_normal",
-    "standard_resnet18_cifar": "he_fan_in_normal",
-    "standard_resnet18": "he_normal",
-    "standard_resnet34": "he_normal",
-    "standard_resnet50": "he_normal",
-    "standard_vgg_small": "he_normal",
-    "reactnet18": "uniform",
-    "reactnet34": "uniform",
-    "reactnet18_cifar": "uniform",
-    "reactnet20": "uniform",
-    "reactnet8": "uniform",
 }
 
 
@@ -110,7 +98,7 @@ def build(
     Args:
       spec: name in ``NETWORKS`` and the network's options; ``kernel_init`` is the initialiser of the quantized layers,
         ``full_precision_init`` that of the first convolution and the shortcuts where these are not quantized; both are
-        keys of ``KERNEL_INITS``. Their defaults are 'uniform' and 'he_normal', or those of ``CONVOLUTION_INITS``.
+        keys of ``KERNEL_INITS``. Their defaults are the network's own, in ``bnn_jax.catalogue``.
       quant: quantizers.
       num_classes: outputs K.
       compute_dtype: 'float32' or 'bfloat16'.
@@ -125,13 +113,9 @@ def build(
     if spec.name not in NETWORKS:
         raise ValueError(f"network {spec.name!r}: accepted are {', '.join(NETWORKS)}")
     options = spec.kwargs
-    published = CONVOLUTION_INITS.get(spec.name)
-    published = (published, published)
-    if spec.name in SEARCHED_NETWORKS:
-        # BASQ's quantized layers start small, its first convolution as PyTorch's do.
-        published = ("uniform_hundredth", "uniform")
-    inner_init = _kernel_init(options, "kernel_init", default=published[0] or "uniform")
-    outer_init = _kernel_init(options, "full_precision_init", default=published[1] or "he_normal")
+    inner, outer = facts_of(spec.name).inits
+    inner_init = _kernel_init(options, "kernel_init", default=inner)
+    outer_init = _kernel_init(options, "full_precision_init", default=outer)
     if options.get("block", "release") not in BLOCKS:
         raise ValueError(f"block {options['block']!r}: accepted are {', '.join(BLOCKS)}")
     layers = build_layers(quant, inner_init=inner_init, outer_init=outer_init, compute_dtype=compute_dtype)

@@ -10,6 +10,7 @@ import flax.traverse_util
 import numpy as np
 
 from bnn_jax.objectives import Objective
+from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.quantizers.codebook import CodebookWeight
 from bnn_jax.report import plots
 from bnn_jax.report.plots import BAR_COLOUR, GRAY, INK
@@ -152,7 +153,7 @@ def codebooks_of(initial: Mapping[str, Any], last: Mapping[str, Any]) -> dict[st
 def _codebook(kernel: np.ndarray, values: np.ndarray, *, memory: np.ndarray, initial: np.ndarray) -> Codebook:
     quantizer = CodebookWeight(tau=len(values).bit_length() - 1)
     variables = {"params": {"codebook": values}, "quant_state": {"memory": memory}}
-    encoded: Any = quantizer.apply(variables, kernel, method="encode")
+    encoded: Any = quantizer.apply(variables, kernel, QuantContext(), method="encode")
     signs = kernel.reshape(9, -1) > 0
     return Codebook(
         patterns=np.asarray(encoded.levels, int),

@@ -195,11 +195,13 @@ def import_state(state: Mapping[str, np.ndarray], target: Mapping[str, Any]) -> 
       target: the network's variables, as arrays or ``jax.ShapeDtypeStruct``: collections of nested dictionaries.
 
     Returns:
-      New arrays in the structure, shapes and types of ``target``.
+      New arrays in the structure, shapes and types of ``target``, without knobs.
 
     Raises:
       CheckpointError: the state is of another network; one line with the first differences and their numbers.
     """
+    # Such a file holds no knobs: their defaults hold.
+    target = {name: tree for name, tree in target.items() if name != "knobs"}
     wanted: dict[str, Any] = flax.traverse_util.flatten_dict(target, sep="/")
     found = _with_memories(convert_names(state), wanted)
     shared = [path for path in wanted if path in found]

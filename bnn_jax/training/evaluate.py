@@ -1,19 +1,81 @@
-"""Accuracy and loss of a network on a split of the data, in evaluation mode."""
+"""Accuracy and loss of a network on a split of the data, in evaluation mode, and of many paths of a supernet."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bnn_jax.data.memory import Split
-from bnn_jax.data.order import sequential_plan
 from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.feed import Feed, Rows, fetch
 from bnn_jax.training.seeds import ONE_SEED, Seeds
-from bnn_jax.training.step import PrepareEval, compile_eval_step
+
+PrepareEval = Callable[[jax.Array], jax.Array]
+
+
+def compile_eval_step(
+    network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False, seeds: Seeds = ONE_SEED
+) -> Callable:
+    """Jitted function of (variables, images, labels, rows (N,), mask (N,)) -> sums over the valid rows.
+
+    The rows are indices or, with None for images and labels, images and labels themselves; see ``fetch``.
+
+    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet. Of several seeds
+    the variables are stacked, and so are the sums; such a network has no branches.
+
+    The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among
+    the five largest logits (among all where there are fewer classes).
+    """
+
+    replicated, rows = devices.replicated, devices.rows
+    last = (replicated,) if with_choice else ()
+    run = seeds.over(functools.partial(eval_step, network, prepare), in_axes=(0, None, None, None, None))
+    return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows, *last), out_shardings=replicated)
+
+
+def compile_path_step(network: Any, prepare: PrepareEval, devices: Devices) -> Callable:
+    """Jitted function of (variables, images, labels, rows (N,), mask (N,), paths (P, G)) -> correct images (P,).
+
+    The images go to all devices, the paths are divided among them.
+    """
+
+    def correct(*arguments: Any) -> jax.Array:
+        return eval_step(network, prepare, *arguments)["correct1"]
+
+    replicated, rows = devices.replicated, devices.rows
+    run = jax.vmap(correct, in_axes=(*[None] * 5, 0))
+    return jax.jit(run, in_shardings=(*[replicated] * 5, rows), out_shardings=replicated)
+
+
+def eval_step(
+    network: Any,
+    prepare: PrepareEval,
+    variables: Any,
+    images: jax.Array | None,
+    labels: jax.Array | None,
+    rows: Rows,
+    mask: jax.Array,
+    choice: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Sums over the valid rows of a batch, see ``compile_eval_step``; a pure function to be jitted."""
+    ctx = evaluation_context(variables, mask=mask, choice=choice)
+    images, labels = fetch(images, labels, rows)
+    logits = network.apply(variables, prepare(images), ctx).logits
+    _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = (top == labels[:, None]) & mask[:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return {
+        "correct1": jnp.sum(hits[:, 0]),
+        "correct5": jnp.sum(hits),
+        "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+        "count": jnp.sum(mask),
+    }
 
 
 class Evaluator:
@@ -45,7 +107,7 @@ class Evaluator:
         self._seeds = seeds
         self._step = compile_eval_step(network, prepare, devices, with_choice=choice is not None, seeds=self._seeds)
         self._choice = () if choice is None else (np.asarray(choice, np.int32),)
-        self._devices, self._batch_size = devices, batch_size
+        self._batch_size = batch_size
         self._feeds = {name: Feed(split, devices, workers=workers) for name, split in splits.items()}
 
     @property
@@ -65,10 +127,8 @@ class Evaluator:
           split: name of the split.
           should_stop: asked before every batch.
         """
-        feed = self._feeds[split]
-        plan = self._devices.pad_rows(*sequential_plan(len(feed), min(self._batch_size, len(feed))))
-        sums = []
-        for rows, mask in feed.batches(*plan):
+        feed, sums = self._feeds[split], []
+        for rows, mask in feed.batches(self._batch_size):
             if should_stop():
                 return None
             sums.append(self._step(variables, *feed.arrays, rows, mask, *self._choice))
@@ -87,6 +147,73 @@ def _means(sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "loss": totals["loss"] / count,
         "num_images": int(count),
     }
+
+
+class PathEvaluator:
+    """Evaluates paths of a supernet on images of a split, several at once; compiled once for all of them.
+
+    What does not depend on the path, such as the quantized weights, is computed once for all paths of a call; the paths
+    of a call are divided among the devices.
+
+    Args:
+      network: supernet.
+      prepare: uint8 images -> normalised float32 images.
+      split: images and labels.
+      batch_size: images per call.
+      paths_at_once: paths per call; the last, partial group is filled up.
+      devices: placement.
+      workers: processes that read images that are not in memory; 0: threads.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        prepare: PrepareEval,
+        split: Split | StreamedSplit,
+        batch_size: int,
+        paths_at_once: int,
+        devices: Devices,
+        workers: int = 0,
+    ):
+        self._step = compile_path_step(network, prepare, devices)
+        self._feed = Feed(split, devices, workers=workers)
+        self._batch_size, self._devices = batch_size, devices
+        self._paths_at_once = _rounded_up(paths_at_once, devices.count)
+
+    def __call__(
+        self,
+        variables: dict[str, Any],
+        paths: Sequence[Sequence[int]],
+        images: np.ndarray,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[float] | None:
+        """Top-1 in percent of each path, in evaluation mode; None if asked to stop before the end.
+
+        Args:
+          variables: of the supernet, on the devices.
+          paths: branches of each searched layer.
+          images: int32 (M,), which images of the split.
+          should_stop: asked before every call.
+        """
+        correct: list[int] = []
+        for start in range(0, len(paths), self._paths_at_once):
+            group = np.asarray(paths[start : start + self._paths_at_once], np.int32)
+            missing = min(self._paths_at_once, _rounded_up(len(paths), self._devices.count)) - len(group)
+            padded = np.concatenate([group, np.repeat(group[:1], missing, axis=0)])
+            paths_of_devices = self._devices.split(padded, self._devices.rows)
+            sums = []
+            for rows, mask in self._feed.batches(self._batch_size, images=images, split_rows=False):
+                if should_stop():
+                    return None
+                sums.append(self._step(variables, *self._feed.arrays, rows, mask, paths_of_devices))
+            correct += np.sum(jax.device_get(sums), axis=0)[: len(group)].tolist()
+        return [100.0 * number / len(images) for number in correct]
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def features_of(
@@ -119,7 +246,6 @@ def features_of(
 
     replicated = devices.replicated
     run = jax.jit(forward, in_shardings=(replicated,) * 3 + (devices.rows,) * 2, out_shardings=replicated)
-    indices, mask = devices.pad_rows(*sequential_plan(len(split), min(batch_size, len(split))))
     feed, variables = Feed(split, devices), devices.replicate(variables)
-    batches = [np.asarray(run(variables, *feed.arrays, *batch)) for batch in feed.batches(indices, mask)]
-    return np.concatenate(batches)[mask.ravel()]
+    batches = feed.batches(batch_size)
+    return np.concatenate([np.asarray(run(variables, *feed.arrays, *batch))[batch[1]] for batch in batches])

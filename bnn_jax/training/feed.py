@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from bnn_jax.data.memory import Split
+from bnn_jax.data.order import sequential_plan
 from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.training.devices import Devices
 
@@ -74,36 +75,52 @@ class Feed:
     def __len__(self) -> int:
         return len(self._split)
 
-    def batches(self, indices: np.ndarray, mask: np.ndarray, *, split_rows: bool = True) -> Iterator[tuple[Any, Any]]:
-        """Rows and mask of one batch after another, for evaluation.
+    def batches(
+        self, batch_size: int, *, images: np.ndarray | None = None, split_rows: bool = True
+    ) -> Iterator[tuple[Any, Any]]:
+        """Rows and mask of one batch after another, in order, for evaluation.
 
         Args:
-          indices: int32 (S, N), images of each batch; see ``Devices.pad_rows``.
-          mask: bool (S, N), False for rows that only fill up the batch.
+          batch_size: images of a batch; the last, partial one is filled up and masked, no image is left out.
+          images: int32 (M,), which images; None: all.
           split_rows: whether the batch is divided among the devices; else every device gets all of it.
         """
-        sharding = self._devices.rows if split_rows else self._devices.replicated
-        own = self._devices.own_columns(indices.shape[1]) if split_rows else slice(None)
+        count = len(self) if images is None else len(images)
+        indices, mask = sequential_plan(count, min(batch_size, count))
+        indices = indices if images is None else images.astype(np.int32)[indices]
+        sharding, own = self._devices.replicated, slice(None)
+        if split_rows:
+            indices, mask = self._devices.pad_rows(indices, mask)
+            sharding, own = self._devices.rows, self._devices.own_columns(indices.shape[1])
         read = self._read(indices[:, own])
         for rows, valid in zip(indices if read is None else read, mask, strict=True):
             yield self._place(rows, sharding), self._devices.split(valid, sharding)
 
     def dispatches(
-        self, indices: np.ndarray, mask: np.ndarray, *, first: int, length: int, random_crops: tuple[int, int]
+        self,
+        indices: np.ndarray,
+        mask: np.ndarray,
+        *,
+        first: int = 0,
+        length: int = 1,
+        parts: int = 1,
+        random_crops: tuple[int, int] | None = None,
     ) -> Iterator[Dispatch]:
         """The steps of an epoch in groups, for training.
 
         Args:
-          indices: int32 (S, N), images of each step of the epoch; see ``Devices.pad_rows``.
-          mask: bool (S, N), False for rows that only fill up the batch.
+          indices: int32 (S, ..., N), images of each step of the epoch.
+          mask: bool (S, ..., N), False for rows that only fill up the batch.
           first: step of the epoch to begin with.
-          length: steps of a group; 1 for streamed images. Groups end at its multiples and at the end of the epoch, so
+          length: steps of a group, of streamed images 1. Groups end at its multiples and at the end of the epoch, so
             that programs of at most two lengths are needed wherever it begins.
+          parts: parts of a batch that pass through the network one after another.
           random_crops: (seed, epoch) of the random crops of streamed images.
         """
-        sharding = self._devices.stacked_rows
-        own = self._devices.own_columns(indices.shape[1])
-        read = self._read(indices[first:, own], random_crops=random_crops)
+        length = 1 if self.streamed else length
+        indices, mask = self._devices.pad_rows(indices, mask, parts=parts)
+        sharding, own = self._devices.stacked_rows, self._devices.own_columns(indices.shape[-1])
+        read = self._read(indices[first:, own], random_crops=random_crops) if self.streamed else None
         begin = first
         while begin < len(indices):
             end = min((begin // length + 1) * length, len(indices))

@@ -151,7 +151,9 @@ class StopRequest:
 
     def _end_while_compiling(self, group: hosts.Group, signals: socket.socket) -> None:
         received = signals.recv(1)
-        if not received or self._heard.wait(COMPILER_SECONDS):
+        # Of several processes one that has heard of it already lets all agree, however long the others compile.
+        agrees = hosts.count() > 1 and (bool(self.signal_number) or not _is_compiling())
+        if not received or agrees or self._heard.wait(COMPILER_SECONDS):
             return
         while not _is_compiling():
             if self._heard.wait(POLL_SECONDS):

@@ -7,7 +7,7 @@ The position in a run is the number of optimiser steps done, nothing else: the o
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from bnn_jax.stages import Stage
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.epoch_sums import epoch_means
 from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.feed import Dispatch, Feed
 from bnn_jax.training.interrupt import Agreement, StopRequest
@@ -75,37 +76,83 @@ class LoopOptions:
     workers: int = 0
 
 
-@dataclasses.dataclass
-class EpochClock:
-    """Time and images of the epoch under way; dispatches that compiled are left out of the rate.
+class EpochMeter:
+    """Losses, images and time of an epoch under way; waits for dispatches, so that only few are under way at once.
 
-    Attributes:
-      seconds: training time of the epoch so far, over restarts.
-      timed_seconds: time of the dispatches that did not compile.
-      timed_images: their images.
-      images: all images of this process in this epoch.
+    Dispatches that compiled are left out of the rate.
+
+    Args:
+      refuse: called with step and flags where a loss is not finite; does not return.
+      seconds: training time of the epoch before, over restarts.
     """
 
-    seconds: float = 0.0
-    timed_seconds: float = 0.0
-    timed_images: int = 0
-    images: int = 0
+    def __init__(self, refuse: Callable[[int, np.ndarray], NoReturn], seconds: float = 0.0):
+        self._refuse, self.seconds, self.images = refuse, seconds, 0
+        self._sums: dict[str, float] = collections.defaultdict(float)
+        self._pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self._timed_seconds, self._timed_images = 0.0, 0
+        self._previous, self._last_seconds = time.monotonic(), 0.0
 
-    def add(self, seconds: float, images: int, *, compiled: bool) -> None:
-        """Adds a dispatch."""
-        self.seconds += seconds
-        self.images += images
+    def add(self, first_step: int, dispatch: Dispatch, step_metrics: Any, *, compiled: bool) -> None:
+        """Takes a dispatch that was just started, and waits until few enough are under way.
+
+        Args:
+          first_step: optimiser steps done before it.
+          dispatch: the dispatch.
+          step_metrics: metrics of its steps, on the devices.
+          compiled: whether its program was compiled for it.
+        """
+        self._pending.append((first_step, step_metrics))
+        slow = compiled or self._last_seconds > SLOW_DISPATCH_SECONDS
+        self._collect(ahead=0 if slow else DISPATCHES_AHEAD)
+        self._last_seconds = self._lap()
+        self.images += dispatch.images
         if not compiled:
-            self.timed_seconds += seconds
-            self.timed_images += images
+            self._timed_seconds += self._last_seconds
+            self._timed_images += dispatch.images
+
+    def wait(self) -> None:
+        """Waits for all that is under way."""
+        self._collect(ahead=0)
+        self._timed_seconds += self._lap()
+
+    def drop(self) -> None:
+        """Forgets what is under way."""
+        self._pending.clear()
+
+    def _lap(self) -> float:
+        now = time.monotonic()
+        seconds, self._previous = now - self._previous, now
+        self.seconds += seconds
+        return seconds
+
+    def _collect(self, *, ahead: int) -> None:
+        """Looks at the losses of all dispatches but the last ``ahead``."""
+        while len(self._pending) > ahead:
+            first_step, device_metrics = self._pending.popleft()
+            values = jax.device_get(device_metrics)
+            finite = np.isfinite(values["loss"])
+            if not finite.all():
+                self.drop()
+                self._refuse(first_step + int(np.argwhere(~finite)[0][0]), finite)
+            self._sums["count"] += float(values["count"].sum())
+            self._sums["correct"] += float(values["correct"].sum())
+            self._sums["loss"] += float((values["loss"] * values["count"]).sum())
 
     @property
     def images_per_second(self) -> float:
         """Training throughput."""
         # Seconds alone do not tell: waiting at the end of an epoch adds time without images.
-        if self.timed_images > 0:
-            return self.timed_images / self.timed_seconds
+        if self._timed_images > 0:
+            return self._timed_images / self._timed_seconds
         return self.images / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def status(self) -> str:
+        """Speed and means of the epoch so far, for people."""
+        count = max(self._sums["count"], 1.0)
+        loss, top1 = self._sums["loss"] / count, 100.0 * self._sums["correct"] / count
+        return f"{speed_text(self.images_per_second)}  loss {loss:.3f}  top-1 {top1:.1f} %"
 
 
 def steps_per_epoch(stage: Stage, num_images: int) -> int:
@@ -156,25 +203,18 @@ class StageLoop:
         devices: Devices,
         choice: Sequence[int] | None = None,
     ):
-        stage, source, parts = setup.stage, setup.source, setup.parts
-        self.stage, self.schedule, self.source, self.evaluator = stage, setup.schedule, source, evaluator
-        self.store, self.metrics_path, self.options, self.devices = store, metrics_path, options, devices
-        self.knobs = parts.knobs
-        self.seeds = setup.seeds
-        self.run_steps = compile_train_steps(parts, devices, seeds=self.seeds)
-        self.end_of_epoch = compile_end_of_epoch(parts.objectives, devices, seeds=self.seeds)
-        self.feed = Feed(source.train, devices, workers=options.workers)
-        images, labels = self.feed.arrays
+        self.setup, self.stage, self.seeds = setup, setup.stage, setup.seeds
+        self.evaluator, self.store, self.metrics_path, self.options = evaluator, store, metrics_path, options
+        self.run_steps = compile_train_steps(setup.parts, devices, seeds=self.seeds)
+        self.end_of_epoch = compile_end_of_epoch(setup.parts.objectives, devices, seeds=self.seeds)
+        self.feed = Feed(setup.source.train, devices, workers=options.workers)
         branches = None if choice is None else np.asarray(choice, np.int32)
-        self.constants = Constants(images, labels, *devices.replicate((teacher, branches)))
-        self.steps_per_epoch = steps_per_epoch(stage, len(source.train))
-        # Images that are read as they are needed come batch by batch.
-        length = 1 if self.feed.streamed else options.steps_per_dispatch
-        self.dispatch_length = dispatch_length(self.steps_per_epoch, length)
+        self.constants = Constants(*self.feed.arrays, *devices.replicate((teacher, branches)))
+        self.steps_per_epoch = steps_per_epoch(self.stage, len(setup.source.train))
+        self.dispatch_length = dispatch_length(self.steps_per_epoch, options.steps_per_dispatch)
         self._compiled_lengths: set[int] = set()
         self._last_save = time.monotonic()
         self._save_due = Agreement()
-        self._pending: collections.deque = collections.deque()
 
     def fit(self, state: TrainState, stop: StopRequest, *, meta: dict[str, Any] | None = None) -> TrainState:
         """Trains to the end of the last epoch and returns the final state.
@@ -188,87 +228,133 @@ class StageLoop:
           Interrupted: SIGTERM or SIGINT came; the state is saved.
           NonFiniteLossError: the loss was NaN or infinite; the last good checkpoint stays.
         """
-        meta = meta or {}
-        step = state.steps_done
-        metrics.cut_back(self.metrics_path, step if meta.get("evaluated", True) else step - 1)
-        clock = EpochClock(seconds=meta.get("epoch_seconds", 0.0))
-        total = self.stage.optim.epochs * self.steps_per_epoch
-        with Progress(self.stage.name, total=total, done=step) as progress:
-            if not meta.get("evaluated", True):
-                state = self._finish_epoch(state, clock, progress, stop)
-                clock = EpochClock()
-            first_epoch = state.steps_done // self.steps_per_epoch
-            for epoch in range(first_epoch, self.stage.optim.epochs):
-                state = self._train_epoch(state, epoch, clock, progress, stop)
-                state = self._finish_epoch(state, clock, progress, stop)
-                clock = EpochClock()
+        meta, epochs = meta or {"evaluated": True, "epoch_seconds": 0.0}, self.stage.optim.epochs
+        # Of an epoch that was stopped in its evaluation all steps are done, but it is not over.
+        step = state.steps_done - (0 if meta["evaluated"] else 1)
+        metrics.cut_back(self.metrics_path, step)
+        meter = EpochMeter(self._refuse_non_finite, meta["epoch_seconds"])
+        with Progress(self.stage.name, total=epochs * self.steps_per_epoch, done=state.steps_done) as progress:
+            for epoch in range(step // self.steps_per_epoch, epochs):
+                state = self.run_epoch(state, epoch, meter, progress, stop)
+                meter = EpochMeter(self._refuse_non_finite)
         self.store.wait()
         return state
 
-    def _dispatches(self, epoch: int, offset: int) -> Iterator[Dispatch]:
-        """The dispatches of an epoch, from its step ``offset`` on."""
-        num_images = len(self.source.train)
-        indices, mask = self.seeds.index_plan(
-            epoch,
-            num_images=num_images,
-            batch_size=min(self.stage.optim.batch_size, num_images),
-            drop_last=self.stage.optim.drop_last_batch,
-        )
-        parts = self.stage.optim.accumulation_steps
-        plan = self.devices.pad_rows(indices, mask, parts=parts)
-        crops = (self.stage.seed, epoch)
-        return self.feed.dispatches(*plan, first=offset, length=self.dispatch_length, random_crops=crops)
-
-    def _train_epoch(
-        self, state: TrainState, epoch: int, clock: EpochClock, progress: Progress, stop: StopRequest
+    def run_epoch(
+        self, state: TrainState, epoch: int, meter: EpochMeter, progress: Progress, stop: StopRequest
     ) -> TrainState:
-        step = state.steps_done
-        sums: dict[str, float] = collections.defaultdict(float)
-        previous, seconds = time.monotonic(), 0.0
-        dispatches = self._dispatches(epoch, step - epoch * self.steps_per_epoch)
-        for dispatch in dispatches:
+        """What is left of an epoch: steps, evaluation, record, checkpoint."""
+        step, end = state.steps_done, (epoch + 1) * self.steps_per_epoch
+        title = f"epoch {epoch + 1}/{self.stage.optim.epochs}"
+        for dispatch in self._dispatches(epoch, self.steps_per_epoch - (end - step)):
             if stop.agreed():
-                self._save_and_stop(state, clock, stop, evaluated=True)
+                self._save_and_stop(state, meter, stop, evaluated=True)
             compiled = dispatch.steps not in self._compiled_lengths
             self._compiled_lengths.add(dispatch.steps)
-            state, dispatch_metrics = self.run_steps(state, self.constants, dispatch.rows, dispatch.mask)
-            self._pending.append((step, dispatch_metrics))
+            state, step_metrics = self.run_steps(state, self.constants, dispatch.rows, dispatch.mask)
+            meter.add(step, dispatch, step_metrics, compiled=compiled)
             step += dispatch.steps
-            self._collect(sums, ahead=0 if compiled or seconds > SLOW_DISPATCH_SECONDS else DISPATCHES_AHEAD)
-            now = time.monotonic()
-            seconds, previous = now - previous, now
-            clock.add(seconds, dispatch.images, compiled=compiled)
-            self._show(progress, step, epoch, clock, sums)
+            progress.update(step, f"{title}  {meter.status}")
             # The end of an epoch is saved after its evaluation, not here.
-            at_end = step == (epoch + 1) * self.steps_per_epoch
-            due = self._save_due.largest(int(now - self._last_save > self.options.checkpoint_seconds))
-            if due and not at_end:
-                self._collect(sums, ahead=0)
-                self._save(state, clock, evaluated=True, selection=None)
-        self._collect(sums, ahead=0)
-        clock.add(time.monotonic() - previous, 0, compiled=False)
+            if self._is_save_due() and step < end:
+                meter.wait()
+                self._save(state, seconds=meter.seconds)
+        meter.wait()
+        record = self._record(state, meter, self._evaluate(state, meter, stop))
+        # The record is written before the checkpoint: a crash in between repeats the epoch and cuts the record back.
+        metrics.append(self.metrics_path, record)
+        state = self.end_of_epoch(state)
+        self._save(state, selection=record.get("validation_top1", record["test_top1"]))
+        progress.report(
+            f"{title}  train loss {record['train_loss']:.4f}  train top-1 {record['train_top1']:.2f} %  "
+            f"test top-1 {record['test_top1']:.2f} %  {speed_text(record['images_per_second'])}"
+        )
         return state
 
-    def _collect(self, sums: dict[str, float], *, ahead: int) -> None:
-        """Waits until at most ``ahead`` dispatches are under way, and looks at the losses of those that are done."""
-        while len(self._pending) > ahead:
-            first_step, device_metrics = self._pending.popleft()
-            values = jax.device_get(device_metrics)
-            finite = np.isfinite(values["loss"])
+    def _dispatches(self, epoch: int, first: int) -> Iterator[Dispatch]:
+        """The dispatches of an epoch, from its step ``first`` on."""
+        optim, num_images = self.stage.optim, len(self.setup.source.train)
+        batch_size = min(optim.batch_size, num_images)
+        plan = self.seeds.index_plan(
+            epoch, num_images=num_images, batch_size=batch_size, drop_last=optim.drop_last_batch
+        )
+        return self.feed.dispatches(
+            *plan,
+            first=first,
+            length=self.dispatch_length,
+            parts=optim.accumulation_steps,
+            random_crops=(self.stage.seed, epoch),
+        )
+
+    def _evaluate(self, state: TrainState, meter: EpochMeter, stop: StopRequest) -> dict[str, dict[str, Any]]:
+        """Accuracies and losses by split."""
+        results = {}
+        for split in self.evaluator.splits:
+            result = self.evaluator(state.variables, split, should_stop=stop.agreed)
+            if result is None:
+                self._save_and_stop(state, meter, stop, evaluated=False)
+            finite = np.isfinite([row["loss"] for row in result.get("seeds", [result])])
             if not finite.all():
-                self._pending.clear()
-                self._refuse_non_finite(first_step + int(np.argwhere(~finite)[0][0]), finite)
-            sums["count"] += float(values["count"].sum())
-            sums["correct"] += float(values["correct"].sum())
-            sums["loss"] += float((values["loss"] * values["count"]).sum())
+                # A step's loss is the one before its update: what the last step broke shows only here.
+                self._refuse_non_finite(state.steps_done, finite)
+            results[split] = result
+        return results
 
-    def _show(self, progress: Progress, step: int, epoch: int, clock: EpochClock, sums: dict[str, float]) -> None:
-        count = max(sums["count"], 1.0)
-        means = f"loss {sums['loss'] / count:.3f}  top-1 {100.0 * sums['correct'] / count:.1f} %"
-        where = f"epoch {epoch + 1}/{self.stage.optim.epochs}"
-        progress.update(step, f"{where}  {speed_text(clock.images_per_second)}  {means}")
+    def _record(self, state: TrainState, meter: EpochMeter, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        step, last = state.steps_done, jnp.int32(state.steps_done - 1)
+        each = [epoch_means(sums) for sums in self.seeds.unstack(jax.device_get(state.metric_sums))]
+        for split, result in results.items():
+            for values, row in zip(each, result.get("seeds", [result]), strict=True):
+                values.update({f"{split}_{name}": row[name] for name in ("top1", "top5", "loss")})
+        return {
+            "epoch": step // self.steps_per_epoch - 1,
+            "step": step,
+            "learning_rate": float(self.setup.schedule(last)),
+            **{f"knob/{name}": float(knob(last)) for name, knob in self.setup.parts.knobs.items()},
+            **self.seeds.summary(each),
+            "seconds": round(meter.seconds, 3),
+            "images_per_second": round(meter.images_per_second, 1),
+        }
 
-    def _refuse_non_finite(self, step: int, finite: np.ndarray | None = None) -> NoReturn:
+    def _is_save_due(self) -> bool:
+        """Whether it is time for a checkpoint, for all processes alike; all ask after every dispatch."""
+        overdue = time.monotonic() - self._last_save > self.options.checkpoint_seconds
+        return self._save_due.largest(int(overdue)) > 0
+
+    def _save(
+        self, state: TrainState, *, seconds: float = 0.0, evaluated: bool = True, selection: float | None = None
+    ) -> None:
+        """Saves a state.
+
+        Args:
+          state: the state.
+          seconds: training time of the epoch under way.
+          evaluated: whether nothing is left to do of the steps done.
+          selection: what the best epoch is chosen by, at the end of one.
+        """
+        finite = np.asarray(self.seeds.over(_all_finite)(state.variables))
+        if not finite.all():
+            # No broken state may take the place of a good one.
+            self._refuse_non_finite(state.steps_done, finite)
+        self._last_save = time.monotonic()
+        meta = {"stage": self.stage.name, "evaluated": evaluated, "epoch_seconds": round(seconds, 3)}
+        self.store.save(state, meta=meta, metrics=None if selection is None else {"selection_top1": selection})
+
+    def _save_and_stop(self, state: TrainState, meter: EpochMeter, stop: StopRequest, *, evaluated: bool) -> NoReturn:
+        meter.drop()
+        step = state.steps_done
+        broken = np.asarray(state.metric_sums["non_finite_step"])
+        if (broken >= 0).any():
+            self._refuse_non_finite(int(broken[broken >= 0].min()), broken < 0)
+        if self.store.latest_step() != step:
+            self._save(state, seconds=meter.seconds, evaluated=evaluated)
+        self.store.wait()
+        raise Interrupted(
+            f"stage {self.stage.name}: stopped and saved at step {step}; the same command goes on from there",
+            stop.signal_number,
+        )
+
+    def _refuse_non_finite(self, step: int, finite: np.ndarray) -> NoReturn:
         self.store.wait()
         records = metrics.read(self.metrics_path)
         last = {key: records[-1][key] for key in ("epoch", "train_loss", "test_top1")} if records else "none yet"
@@ -277,69 +363,4 @@ class StageLoop:
         raise NonFiniteLossError(
             f"stage {self.stage.name}: the loss{self.seeds.owner(finite)} is not finite at step {step}; "
             f"last metrics: {last}; last good checkpoint: {where}"
-        )
-
-    def _finish_epoch(self, state: TrainState, clock: EpochClock, progress: Progress, stop: StopRequest) -> TrainState:
-        """Evaluates, writes the record, closes the epoch and saves."""
-        results = {}
-        for split in self.evaluator.splits:
-            result = self.evaluator(state.variables, split, should_stop=stop.agreed)
-            if result is None:
-                self._save_and_stop(state, clock, stop, evaluated=False)
-            finite = np.isfinite([row["loss"] for row in result.get("seeds", [result])])
-            if not finite.all():
-                # A step's loss is the one before its update: what the last step broke shows only here.
-                self._refuse_non_finite(state.steps_done, finite)
-            results[split] = result
-        record = self._record(state, clock, results)
-        selection = record.get("validation_top1", record["test_top1"])
-        # The record is written before the checkpoint: a crash in between repeats the epoch and cuts the record back.
-        metrics.append(self.metrics_path, record)
-        state = self.end_of_epoch(state)
-        self._save(state, EpochClock(), evaluated=True, selection=selection)
-        progress.report(
-            f"epoch {record['epoch'] + 1}/{self.stage.optim.epochs}  train loss {record['train_loss']:.4f}  "
-            f"train top-1 {record['train_top1']:.2f} %  test top-1 {record['test_top1']:.2f} %  "
-            f"{speed_text(record['images_per_second'])}"
-        )
-        return state
-
-    def _record(self, state: TrainState, clock: EpochClock, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        step = state.steps_done
-        each = [metrics.epoch_means(sums) for sums in self.seeds.unstack(jax.device_get(state.metric_sums))]
-        for split, result in results.items():
-            for values, row in zip(each, result.get("seeds", [result]), strict=True):
-                values.update({f"{split}_{name}": row[name] for name in ("top1", "top5", "loss")})
-        return {
-            "epoch": step // self.steps_per_epoch - 1,
-            "step": step,
-            "learning_rate": float(self.schedule(jnp.int32(step - 1))),
-            **{f"knob/{name}": float(knob(jnp.int32(step - 1))) for name, knob in self.knobs.items()},
-            **self.seeds.summary(each),
-            "seconds": round(clock.seconds, 3),
-            "images_per_second": round(clock.images_per_second, 1),
-        }
-
-    def _save(self, state: TrainState, clock: EpochClock, *, evaluated: bool, selection: float | None) -> None:
-        finite = np.asarray(self.seeds.over(_all_finite)(state.variables))
-        if not finite.all():
-            # As above; no broken state may take the place of a good one.
-            self._refuse_non_finite(state.steps_done, finite)
-        self._last_save = time.monotonic()
-        meta = {"stage": self.stage.name, "evaluated": evaluated, "epoch_seconds": round(clock.seconds, 3)}
-        chosen = None if selection is None else {"selection_top1": selection}
-        self.store.save(state, meta=meta, metrics=chosen)
-
-    def _save_and_stop(self, state: TrainState, clock: EpochClock, stop: StopRequest, *, evaluated: bool) -> NoReturn:
-        self._pending.clear()
-        step = state.steps_done
-        broken = np.asarray(state.metric_sums["non_finite_step"])
-        if (broken >= 0).any():
-            self._refuse_non_finite(int(broken[broken >= 0].min()), broken < 0)
-        if self.store.latest_step() != step:
-            self._save(state, clock, evaluated=evaluated, selection=None)
-        self.store.wait()
-        raise Interrupted(
-            f"stage {self.stage.name}: stopped and saved at step {step}; the same command goes on from there",
-            stop.signal_number,
         )

@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from bnn_jax import files, hosts
 from bnn_jax.errors import UserError
 
@@ -79,16 +77,3 @@ def write_csv(records: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(records)
-
-
-def epoch_means(sums: dict[str, jax.Array]) -> dict[str, float]:
-    """Training metrics of an epoch from its sums: ``train_loss``, ``train_top1`` in percent, and each loss term.
-
-    ``train_top5`` is among them where it was summed.
-    """
-    totals = {name: float(value) for name, value in jax.device_get(sums).items()}
-    count = max(totals["count"], 1.0)
-    terms = {name: value / count for name, value in totals.items() if "/" in name}
-    shares = {"train_top1": "correct", "train_top5": "correct5"}
-    accuracies = {name: 100.0 * totals[key] / count for name, key in shares.items() if key in totals}
-    return {"train_loss": totals["loss"] / count, **accuracies, **terms}

@@ -95,13 +95,13 @@ class Seeds:
                 found[f"{name}_sd"] = float(np.std(values, ddof=1))
         return {**found, "seeds": [{"seed": name, **row} for name, row in zip(self.names, each, strict=True)]}
 
-    def owner(self, finite: np.ndarray | None) -> str:
-        """' of seed 4' for the first seed whose flag is False; '' where it is not known, or there is one seed only.
+    def owner(self, finite: np.ndarray) -> str:
+        """' of seed 4' for the first seed whose flag is False; '' where there is one seed only.
 
         Args:
-          finite: bool (..., N), or of any shape with one seed; None: not known.
+          finite: bool (..., N), or of any shape with one seed.
         """
-        if self.count == 1 or finite is None:
+        if self.count == 1:
             return ""
         return f" of seed {self.names[int(np.argwhere(~finite)[0][-1])]}"
 

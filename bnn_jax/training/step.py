@@ -1,4 +1,4 @@
-"""The training step and the evaluation step: one of each, for every method, network and quantizer.
+"""The training step: one for every method, network and quantizer.
 
 Order of a training step: context of the step -> forward -> teacher's forward (where an objective needs it) -> sum of
 the objectives -> gradient -> projections -> optimiser -> state of the objectives -> sums of the epoch's metrics.
@@ -18,19 +18,16 @@ from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.quantizers.base import QuantContext, evaluation_context
 from bnn_jax.schedules import Schedule
 from bnn_jax.training.devices import Devices
+from bnn_jax.training.epoch_sums import COUNTS, add_metrics, step_metrics
 from bnn_jax.training.feed import Rows, fetch
 from bnn_jax.training.projections import Projection, Update
 from bnn_jax.training.seeds import ONE_SEED, Seeds
 from bnn_jax.training.state import TrainState
 
-# Metrics that are numbers of images; the others are means over a step's images.
-COUNTS = ("count", "correct", "correct5")
-
 # Streams of random numbers inside a step, each folded into the step's key.
 AUGMENTATION, QUANTIZER, REAL_STREAM, PROJECTION, CHOICE = 0, 1, 2, 3, 4
 
 PrepareTrain = Callable[[jax.Array, jax.Array], jax.Array]
-PrepareEval = Callable[[jax.Array], jax.Array]
 # (random key, step) -> int32 (searched layers,).
 Choose = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -98,18 +95,6 @@ def needs_real_features(objectives: Sequence[Objective]) -> bool:
     return any("real_features" in objective.needs for objective in objectives)
 
 
-def zero_metric_sums(
-    objectives: Sequence[Objective], *, with_norms: bool = False, with_top5: bool = False
-) -> dict[str, jax.Array]:
-    """The epoch's sums at its start; ``non_finite_step`` is -1 until a loss is NaN or infinite."""
-    kinds = ("loss", "gradient_norm") if with_norms else ("loss",)
-    names = ["count", "correct", "loss", *(f"{kind}/{term.name}" for term in objectives for kind in kinds)]
-    if with_top5:
-        names.append("correct5")
-    sums = {name: jnp.zeros((), jnp.float32) for name in names}
-    return {**sums, "non_finite_step": jnp.full((), -1, jnp.int32)}
-
-
 @flax.struct.dataclass
 class Pass:
     """What one forward and backward pass over (a part of) a batch gives.
@@ -165,7 +150,7 @@ def train_step(
         quant_state=update.quant_state,
         opt_state=opt_state,
         objective_state=done.objective_state,
-        metric_sums=_add_metrics(state.metric_sums, done.metrics, state.step),
+        metric_sums=add_metrics(state.metric_sums, done.metrics, state.step),
         knobs={name: jnp.asarray(knobs.get(name, old), jnp.float32) for name, old in state.knobs.items()},
     )
     return new_state, done.metrics
@@ -199,7 +184,7 @@ def one_pass(
     terms, grads, norms, (outputs, updates) = gradients(parts, terms_function, state.params)
     return Pass(
         grads=grads,
-        metrics={**_step_metrics(parts.objectives, terms, outputs, batch), **norms},
+        metrics={**step_metrics(parts.objectives, terms, outputs, batch), **norms},
         batch_stats=updates.get("batch_stats", state.batch_stats),
         quant_state=updates.get("quant_state", state.quant_state),
         objective_state=_objective_states(parts.objectives, state, outputs, batch),
@@ -328,43 +313,6 @@ def _objective_states(objectives: Sequence[Objective], state: TrainState, output
     }
 
 
-def _step_metrics(
-    objectives: Sequence[Objective], terms: dict[str, jax.Array], outputs: Outputs, batch: Batch
-) -> dict[str, jax.Array]:
-    rank = label_rank(outputs.logits, batch.labels)
-    return {
-        "loss": sum((o.weight * terms[o.name] for o in objectives), start=jnp.zeros(())),
-        **{f"loss/{name}": value for name, value in terms.items()},
-        "count": jnp.sum(batch.mask.astype(jnp.float32)),
-        "correct": jnp.sum(((rank < 1) & batch.mask).astype(jnp.float32)),
-        "correct5": jnp.sum(((rank < 5) & batch.mask).astype(jnp.float32)),
-    }
-
-
-def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Number of classes that come before an image's label: those of a larger logit, or of the same and a lower index.
-
-    Args:
-      logits: (N, K).
-      labels: (N,), integers.
-
-    Returns:
-      (N,), int32; 0 where the label is what ``argmax`` gives.
-    """
-    of_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
-    # Written so that NaN, too, comes before the label.
-    return jnp.sum(~(logits <= of_label) | ((logits == of_label) & earlier), axis=-1, dtype=jnp.int32)
-
-
-def _add_metrics(sums: dict[str, jax.Array], metrics: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
-    """Adds a step's metrics to the epoch's sums; means are weighted by the number of images."""
-    weighted = {name: value if name in COUNTS else value * metrics["count"] for name, value in metrics.items()}
-    new = {name: sums[name] + value for name, value in weighted.items() if name in sums}
-    first = (sums["non_finite_step"] < 0) & ~jnp.isfinite(metrics["loss"])
-    return {**new, "non_finite_step": jnp.where(first, step, sums["non_finite_step"])}
-
-
 def compile_train_steps(parts: StepParts, devices: Devices, *, seeds: Seeds = ONE_SEED) -> Callable:
     """Jitted function of (state, constants, rows (K, N), mask (K, N)) that runs K steps in one dispatch.
 
@@ -412,37 +360,3 @@ def compile_end_of_epoch(
 
     run = seeds.over(end_of_epoch)
     return jax.jit(run, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)
-
-
-def compile_eval_step(
-    network: Any, prepare: PrepareEval, devices: Devices, *, with_choice: bool = False, seeds: Seeds = ONE_SEED
-) -> Callable:
-    """Jitted function of (variables, images, labels, rows (N,), mask (N,)) -> sums over the valid rows.
-
-    The rows are indices or, with None for images and labels, images and labels themselves; see ``fetch``.
-
-    With ``with_choice`` a last argument (searched layers,) chooses the branches of a supernet. Of several seeds
-    the variables are stacked, and so are the sums; such a network has no branches.
-
-    The sums are ``correct1``, ``correct5``, ``loss`` (cross-entropy) and ``count``. ``correct5`` counts labels among
-    the five largest logits (among all where there are fewer classes).
-    """
-
-    def run(variables: Any, images: Any, labels: Any, rows: Rows, mask: jax.Array, *choice: Any):
-        ctx = evaluation_context(variables, mask=mask, choice=choice[0] if choice else None)
-        images, labels = fetch(images, labels, rows)
-        logits = network.apply(variables, prepare(images), ctx).logits
-        _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        hits = (top == labels[:, None]) & mask[:, None]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return {
-            "correct1": jnp.sum(hits[:, 0]),
-            "correct5": jnp.sum(hits),
-            "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
-            "count": jnp.sum(mask),
-        }
-
-    replicated, rows = devices.replicated, devices.rows
-    last = (replicated,) if with_choice else ()
-    run = seeds.over(run, in_axes=(0, None, None, None, None))
-    return jax.jit(run, in_shardings=(replicated, replicated, replicated, rows, rows, *last), out_shardings=replicated)

@@ -1,5 +1,4 @@
 import io
-import os
 import pathlib
 import shutil
 import subprocess
@@ -253,19 +252,6 @@ def test_mistakes_of_the_command_line_are_one_line(jpegs, tmp_path, capsys):
 @pytest.fixture
 def written(jpegs, tmp_path):
     return _write(jpegs, tmp_path)[0]
-
-
-@pytest.mark.parametrize("change", ["truncate", "remove"])
-def test_a_missing_or_truncated_shard_is_damage(written, tmp_path, change):
-    path = sorted(written.glob("*train.array_record*"))[1]
-    if change == "remove":
-        path.unlink()
-    else:
-        os.truncate(path, path.stat().st_size // 2)
-    message = (
-        "imagenet2012_resized train in .* is damaged: remove that folder and prepare it again by `python -m bnn_jax"
-    )
-    _refused(lambda: _source(tmp_path), message)
 
 
 def test_damaged_labels_are_found(written, tmp_path):

@@ -18,9 +18,9 @@ from typing import Any
 import launch
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment import search as search_stage
-from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics
+from bnn_jax.training.evaluate import PathEvaluator
 
 
 def kill_in(
@@ -54,7 +54,7 @@ def main(place: str, count: int, arguments: list[str]) -> int:
     elif place == "finished":
         kill_in(run_folder, "write_json", count=count, only=lambda path, *_: path.name == run_folder.RESULT)
     elif place == "evaluated":
-        kill_in(PopulationEvaluator, "__call__", count=count)
+        kill_in(PathEvaluator, "__call__", count=count)
     elif place == "generation":
         kill_in(run_folder, "write_json", count=count, only=lambda path, *_: path.name == search_stage.STATE)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bnn_jax.training.evaluate import Evaluator
-from bnn_jax.training.loop import StageLoop
+from bnn_jax.training.loop import EpochMeter
 from tests.integration.launching import (
     SAVE_ALWAYS,
     STAGES,
@@ -85,7 +85,7 @@ def test_a_run_stopped_by_signals_ends_as_if_nothing_had_happened(tmp_path, two_
     command = (*TWO_RUNGS, f"--workdir={tmp_path}")
 
     with monkeypatch.context() as context:
-        signal_in(context, StageLoop, "_show", number=signal.SIGTERM, count=3)  # in the second epoch
+        signal_in(context, EpochMeter, "add", number=signal.SIGTERM, count=3)  # in the second epoch
         stopped = launch_here(*command)
     assert stopped.code == 128 + signal.SIGTERM == 143
     message = "stage w32a32: stopped and saved at step 3; the same command goes on from there"

@@ -1,6 +1,6 @@
 """Runs ``launch.py`` and sends this process a signal after a training step: struck.py SIGNAL STEP ARGUMENTS...
 
-SIGNAL is a name such as SIGKILL; STEP counts the steps that this process shows, from 1.
+SIGNAL is a name such as SIGKILL; STEP counts the steps of this process, from 1.
 """
 
 import os
@@ -9,20 +9,20 @@ import sys
 from typing import Any
 
 import launch
-from bnn_jax.training.loop import StageLoop
+from bnn_jax.training.loop import EpochMeter
 
 
 def main(name: str, step: int, arguments: list[str]) -> int:
     """Prepares the signal and launches."""
-    original, shown = StageLoop._show, []
+    original, added = EpochMeter.add, []
 
-    def show(self: StageLoop, *args: Any) -> None:
-        original(self, *args)
-        shown.append(args)
-        if len(shown) == step:
+    def add(self: EpochMeter, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        added.append(args)
+        if len(added) == step:
             os.kill(os.getpid(), signal.Signals[name])
 
-    StageLoop._show = show  # type: ignore[method-assign]
+    EpochMeter.add = add  # type: ignore[method-assign]
     return launch.main(["launch.py", *arguments])
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from bnn_jax import networks
 from bnn_jax.layers.conv import fan_in_uniform
-from bnn_jax.networks import NETWORKS
 from bnn_jax.networks.base import he_fan_in_normal, he_fan_out_normal
 from bnn_jax.quantizers import QuantContext
 from bnn_jax.stages import QuantSpec, spec
@@ -138,10 +137,6 @@ def test_an_option_overrules_the_published_initialiser() -> None:
     found = initialisers_of(spec(name, stage_sizes=(1, 1), widths=(4, 8), **options))
     assert found["layer1_0/conv1"] is fan_in_uniform
     assert found["conv1"] is found["layer2_0/downsample_conv"] is he_fan_in_normal
-
-
-def test_every_standard_network_names_its_initialiser() -> None:
-    assert {name for name in NETWORKS if name.startswith("standard_")} <= set(networks.CONVOLUTION_INITS)
 
 
 def test_all_but_the_ends_can_be_quantized() -> None:

@@ -18,8 +18,9 @@ from bnn_jax.training import loop as loop_module
 from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.feed import Dispatch
 from bnn_jax.training.interrupt import StopRequest
-from bnn_jax.training.loop import EpochClock, LoopOptions, StageLoop, dispatch_length, steps_per_epoch
+from bnn_jax.training.loop import EpochMeter, LoopOptions, StageLoop, dispatch_length, steps_per_epoch
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import compile_end_of_epoch, compile_train_steps
 from tests.training import tiny
@@ -135,25 +136,33 @@ def test_on_an_accelerator_an_epoch_is_split_into_near_equal_dispatches(monkeypa
     assert expected <= loop_module.MOST_STEPS_PER_DISPATCH
 
 
-def test_the_clock_leaves_dispatches_that_compile_out_of_the_rate():
-    clock = EpochClock(seconds=2.0)
-    clock.add(30.0, 8, compiled=True)
-    clock.add(1.0, 8, compiled=False)
-    clock.add(1.0, 4, compiled=False)
-    assert clock.images_per_second == 6.0
-    assert clock.seconds == 34.0
+def meter_of(monkeypatch, *dispatches: tuple[float, int, bool], before: float = 0.0) -> EpochMeter:
+    """The meter of an epoch with dispatches of (seconds, images, whether it was compiled for)."""
+    now = [0.0]
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: now[0])
+    meter = EpochMeter(lambda *_: pytest.fail("all losses are finite"), before)
+    for seconds, images, compiled in dispatches:
+        now[0] += seconds
+        step_metrics = {"loss": np.full(1, 2.0), "count": np.full(1, images), "correct": np.full(1, images // 2)}
+        meter.add(0, Dispatch(None, None, steps=1, images=images), step_metrics, compiled=compiled)
+    now[0] += 0.001
+    meter.wait()
+    return meter
 
 
-def test_the_clock_of_an_epoch_that_only_compiled_gives_its_own_rate():
-    clock = EpochClock()
-    clock.add(4.0, 8, compiled=True)
-    # What the loop adds at the end of every epoch: time without images.
-    clock.add(0.001, 0, compiled=False)
-    assert clock.images_per_second == pytest.approx(2.0, rel=1e-3)
+def test_dispatches_that_compile_are_left_out_of_the_rate(monkeypatch):
+    meter = meter_of(monkeypatch, (30.0, 8, True), (1.0, 8, False), (1.0, 4, False), before=2.0)
+    assert meter.images_per_second == pytest.approx(6.0, rel=1e-3)
+    assert meter.seconds == pytest.approx(34.001)
+    assert meter.status == "6.0 img/s  loss 2.000  top-1 50.0 %"
 
 
-def test_the_clock_at_rest_gives_0():
-    assert EpochClock().images_per_second == 0.0
+def test_an_epoch_that_only_compiled_gives_its_own_rate(monkeypatch):
+    assert meter_of(monkeypatch, (4.0, 8, True)).images_per_second == pytest.approx(2.0, rel=1e-3)
+
+
+def test_an_epoch_without_steps_has_the_rate_0(monkeypatch):
+    assert meter_of(monkeypatch).images_per_second == 0.0
 
 
 # ---- a whole stage
@@ -218,15 +227,14 @@ def test_no_step_is_under_way_before_a_slow_one_so_that_a_stop_comes_soon(tmp_pa
     monkeypatch.setattr(loop_module, "SLOW_DISPATCH_SECONDS", slow_seconds)
     run, found = Run(tmp_path), []
     with CheckpointStore(tmp_path / "checkpoints") as store:
-        loop = run.make_loop(store)
-        run_steps = loop.run_steps
+        add = EpochMeter.add
 
-        def counting(*arguments: Any) -> Any:
-            found.append(len(loop._pending))
-            return run_steps(*arguments)
+        def counting(self: EpochMeter, *args: Any, **options: Any) -> None:
+            found.append(len(self._pending))
+            add(self, *args, **options)
 
-        monkeypatch.setattr(loop, "run_steps", counting)
-        loop.fit(tiny.state(PARTS), StopAfter(math.inf))
+        monkeypatch.setattr(EpochMeter, "add", counting)
+        run.make_loop(store).fit(tiny.state(PARTS), StopAfter(math.inf))
     # The first dispatch compiles and is waited for; each of the two epochs begins with none.
     assert found == ahead
 
@@ -344,8 +352,8 @@ def test_a_loss_that_is_not_finite_stops_the_stage_before_anything_is_saved(tmp_
 
 def test_the_message_names_the_step_the_last_metrics_and_the_last_good_checkpoint(tmp_path, monkeypatch):
     run = Run(tmp_path)
-    finish = StageLoop._finish_epoch
-    monkeypatch.setattr(StageLoop, "_finish_epoch", lambda self, *args: broken(finish(self, *args)))
+    run_epoch = StageLoop.run_epoch
+    monkeypatch.setattr(StageLoop, "run_epoch", lambda self, *args: broken(run_epoch(self, *args)))
     with pytest.raises(NonFiniteLossError) as error:
         run.fit()
     (record,) = run.records()
@@ -368,13 +376,13 @@ def test_a_stop_never_saves_a_state_whose_loss_was_not_finite(tmp_path):
 
 def break_the_last_step_of_an_epoch(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     """The loss of a step is the one before its update, so it stays finite here."""
-    train = StageLoop._train_epoch
+    evaluate = StageLoop._evaluate
 
-    def train_and_break(self: StageLoop, *args: Any) -> TrainState:
-        state = train(self, *args)
-        return state.replace(**{field: jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), getattr(state, field))})
+    def break_and_evaluate(self: StageLoop, state: TrainState, *args: Any) -> Any:
+        values = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), getattr(state, field))
+        return evaluate(self, state.replace(**{field: values}), *args)
 
-    monkeypatch.setattr(StageLoop, "_train_epoch", train_and_break)
+    monkeypatch.setattr(StageLoop, "_evaluate", break_and_evaluate)
 
 
 @pytest.mark.parametrize("field", ["params", "batch_stats"])

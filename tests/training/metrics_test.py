@@ -6,6 +6,7 @@ import pytest
 
 from bnn_jax.errors import UserError
 from bnn_jax.training import metrics
+from bnn_jax.training.epoch_sums import epoch_means
 
 RECORDS = [{"epoch": 0, "step": 3, "test_top1": 50.0}, {"epoch": 1, "step": 6, "test_top1": 60.0}]
 
@@ -72,9 +73,9 @@ def test_the_table_has_a_row_for_each_record_and_a_column_for_each_key(tmp_path)
 
 def test_means_of_an_epoch_come_from_its_sums():
     sums = {"count": 20.0, "correct": 5.0, "loss": 30.0, "loss/cross_entropy": 10.0, "non_finite_step": -1}
-    means = metrics.epoch_means({name: jnp.asarray(value) for name, value in sums.items()})
+    means = epoch_means({name: jnp.asarray(value) for name, value in sums.items()})
     assert means == {"train_loss": 1.5, "train_top1": 25.0, "loss/cross_entropy": 0.5}
-    means = metrics.epoch_means({name: jnp.asarray(value) for name, value in {**sums, "correct5": 15.0}.items()})
+    means = epoch_means({name: jnp.asarray(value) for name, value in {**sums, "correct5": 15.0}.items()})
     assert (means["train_top1"], means["train_top5"]) == (25.0, 75.0)
 
 

@@ -15,9 +15,10 @@ from bnn_jax.stages import OptimSpec, ParameterGroup, spec
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import projections
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.evaluate import compile_eval_step
 from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.projections import PROJECTIONS, Projection, RefillCodebooks, Update
-from bnn_jax.training.step import compile_eval_step, compile_train_steps, train_step
+from bnn_jax.training.step import compile_train_steps, train_step
 from tests.training import tiny
 
 TABLE = np.asarray(ops.all_patterns())

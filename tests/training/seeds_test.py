@@ -264,13 +264,13 @@ def test_a_loss_that_is_not_finite_names_its_seed(tmp_path):
 
 
 def test_a_last_step_that_breaks_one_seed_names_it(tmp_path, monkeypatch):
-    train = StageLoop._train_epoch
+    evaluate = StageLoop._evaluate
 
-    def train_and_break(self: StageLoop, *args: Any) -> TrainState:
-        after = train(self, *args)
-        return after.replace(params=jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), after.params))
+    def break_and_evaluate(self: StageLoop, state: TrainState, *args: Any) -> Any:
+        params = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), state.params)
+        return evaluate(self, state.replace(params=params), *args)
 
-    monkeypatch.setattr(StageLoop, "_train_epoch", train_and_break)
+    monkeypatch.setattr(StageLoop, "_evaluate", break_and_evaluate)
     with pytest.raises(NonFiniteLossError, match="the loss of seed 5 is not finite at step 3"):
         fit(tmp_path, (0, 1))
     assert CheckpointStore(tmp_path / "checkpoints", read_only=True).steps() == []

@@ -17,14 +17,13 @@ from bnn_jax.objectives.distill import Distillation
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import spec
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.epoch_sums import label_rank, zero_metric_sums
+from bnn_jax.training.evaluate import compile_eval_step
 from bnn_jax.training.step import (
     compile_end_of_epoch,
-    compile_eval_step,
     compile_train_steps,
-    label_rank,
     needs_teacher,
     train_step,
-    zero_metric_sums,
 )
 from tests.training import tiny
 

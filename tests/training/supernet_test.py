@@ -16,10 +16,9 @@ from bnn_jax.data.memory import Split
 from bnn_jax.experiment import start
 from bnn_jax.methods import basq
 from bnn_jax.quantizers import QuantContext
-from bnn_jax.search.population import PopulationEvaluator
 from bnn_jax.stages import OptimSpec, QuantSpec, spec
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator
+from bnn_jax.training.evaluate import Evaluator, PathEvaluator
 from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.step import Constants, StepParts, compile_train_steps, uniform_choice
 from tests.conftest import ROOT
@@ -158,7 +157,7 @@ def expected_top1(path, images):
 
 def population(**options):
     split = Split(IMAGES, LABELS)
-    return PopulationEvaluator(NETWORK, prepare=prepare, split=split, devices=all_devices(), **options)
+    return PathEvaluator(NETWORK, prepare=prepare, split=split, devices=all_devices(), **options)
 
 
 def check_population(paths_at_once):

@@ -175,7 +175,7 @@ def made_state(
 ) -> dict[str, np.ndarray]:
     """A random state by PyTorch's names."""
     random, state = np.random.RandomState(seed), {}
-    shapes = {name: tree for name, tree in variable_shapes(network, image_shape).items() if tree}
+    shapes = {name: tree for name, tree in variable_shapes(network, image_shape).items() if tree and name != "knobs"}
     for path, leaf in flatten_dict(shapes, sep="/").items():
         name = to_pytorch_name(path)
         value = random.normal(0, 0.2, leaf.shape).astype(np.float32)

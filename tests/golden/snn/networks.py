@@ -27,9 +27,9 @@ from bnn_jax.stages import IDENTITY, QuantSpec, Stage, spec
 from bnn_jax.storage import pytorch
 from bnn_jax.training import projections
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.evaluate import compile_eval_step
 from bnn_jax.training.optimizer import group_labels
 from bnn_jax.training.projections import Update
-from bnn_jax.training.step import compile_eval_step
 from configs import snn_resnet18
 from tests.golden.asbq.support import nchw, nhwc, to_pytorch
 from tests.golden.comparison import Comparison, GoldenFile

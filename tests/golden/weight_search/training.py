@@ -20,9 +20,10 @@ from bnn_jax.ops import categorical
 from bnn_jax.quantizers import QuantContext, build_weight
 from bnn_jax.stages import OptimSpec, ParameterGroup, Spec, spec
 from bnn_jax.training.devices import all_devices
+from bnn_jax.training.evaluate import compile_eval_step
 from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.state import TrainState
-from bnn_jax.training.step import Constants, StepParts, compile_eval_step, compile_train_steps
+from bnn_jax.training.step import Constants, StepParts, compile_train_steps
 from tests.golden.asbq.support import nhwc
 from tests.golden.comparison import Comparison, GoldenFile
 from tests.golden.weight_search.support import (
