@@ -25,7 +25,8 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
                          evaluate, export, predict: which stage, NAME or NAME@best; summary: which stage
   --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a checkpoint folder
                          evaluate, predict, summary: an exported file (.bnn); the last two then need no --config
-  --output=FILE.bnn      export: the file to write (default: in the stage's folder, or beside the checkpoint)
+  --output=FILE          export: the file to write (default: in the stage's folder, or beside the checkpoint)
+  --format=FORMAT        export: bnn (default), or with float weights stablehlo, onnx
   --fresh                train: move an existing run folder aside and start anew
   --json                 one JSON object as the last line
   --help                 this text

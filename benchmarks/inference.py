@@ -208,7 +208,13 @@ def measure_network(name: str, batch: int, options: argparse.Namespace) -> dict[
 
 def signs_program(channels: int, side: int, layer: Weights) -> tuple[Program, dict[str, Weights]]:
     """A sign, a 3x3 convolution of it and a sum."""
-    options = {"layer": "layer", "strides": (1, 1), "padding": ((1, 1), (1, 1)), "groups": 1, "codes": Codes(1.0, -1, 1)}
+    options = {
+        "layer": "layer",
+        "strides": (1, 1),
+        "padding": ((1, 1), (1, 1)),
+        "groups": 1,
+        "codes": Codes(1.0, -1, 1),
+    }
     nodes = (Node("sign", (0,)), Node("conv", (1,), options), Node("sum", (2,)))
     return Program((side, side, channels), nodes), {"layer": layer}
 

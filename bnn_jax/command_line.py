@@ -28,12 +28,14 @@ OPTION_MODES = {
     "stage": ("train", "evaluate", "summary", "export", "predict"),
     "checkpoint": ("evaluate", "summary", "export", "predict"),
     "output": ("export",),
+    "format": ("export",),
     "fresh": ("train",),
     "coordinator": ("train", "evaluate"),
     "num_processes": ("train", "evaluate"),
     "process_id": ("train", "evaluate"),
 }
 DISTRIBUTED = ("auto", "off")
+FORMATS = ("bnn", "stablehlo", "onnx")
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -64,6 +66,8 @@ def parse(argv: Sequence[str]) -> Any:
     if rest and values.mode != "predict":
         raise UserError(f"command line: {rest[0]!r} is no option; --help lists the options")
     values.images = rest
+    if values.format not in (None, *FORMATS):
+        raise UserError(f"--format={values.format}: accepted are {', '.join(FORMATS)}")
     _check_checkpoint(values, has_config=config is not None)
     if values.distributed not in DISTRIBUTED:
         raise UserError(f"--distributed={values.distributed}: accepted are {', '.join(DISTRIBUTED)}")
@@ -92,7 +96,7 @@ def _refuse_unused(values: flags.FlagValues) -> None:
 
 def _define_flags(config: ConfigDict | None, argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
-    for name in ("workdir", "stage", "checkpoint", "output", "coordinator"):
+    for name in ("workdir", "stage", "checkpoint", "output", "format", "coordinator"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
     flags.DEFINE_string("distributed", "auto", "join other processes", flag_values=values)
@@ -321,8 +325,9 @@ def _export(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
     from bnn_jax.experiment.export import export_stage
 
     paths = {name: Path(values[name].value) if values[name].value else None for name in ("checkpoint", "output")}
-    result = export_stage(experiment, folder, stage_name=values.stage, **paths)
-    _show_layers(result)
+    result = export_stage(experiment, folder, stage_name=values.stage, form=values.format or "bnn", **paths)
+    if "layers" in result:
+        _show_layers(result)
     print(f"{result['path']}: {result['file_bytes']:,} bytes")
     return result
 

@@ -174,7 +174,10 @@ def _read(path: Path) -> Artefact:
     checksums, text = json.loads(metadata["checksums"]), metadata["facts"]
     if set(checksums) != {*arrays, "facts"}:
         raise ValueError("damaged: the sections are not those that were written")
-    for name, found in {**{n: zlib.crc32(a.tobytes()) for n, a in arrays.items()}, "facts": zlib.crc32(text.encode())}.items():
+    for name, found in {
+        **{n: zlib.crc32(a.tobytes()) for n, a in arrays.items()},
+        "facts": zlib.crc32(text.encode()),
+    }.items():
         if checksums[name] != found:
             raise ValueError(f"damaged: section {name} has another checksum than when it was written")
     return _parse(json.loads(arrays["program"].tobytes()), arrays, json.loads(text))

@@ -173,5 +173,3 @@ class Classifier:
             for worker, found in enumerate(pool.map(some, range(workers))):
                 results[worker::workers] = found
         return np.concatenate(results)
-
-

@@ -101,4 +101,3 @@ def _from_table(values: Array, signs: Array) -> dict[str, Array] | None:
     if np.any(falls):
         found["sign"] = direction
     return {name: value.astype(np.float32) for name, value in found.items()}
-

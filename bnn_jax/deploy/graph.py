@@ -222,7 +222,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def compute(xp: Any, node: Node, inputs: list[Array], convolve: Callable[[Array, Node], Array], pool: Callable) -> Array:
+def compute(
+    xp: Any, node: Node, inputs: list[Array], convolve: Callable[[Array, Node], Array], pool: Callable
+) -> Array:
     """The result of an operation on arrays with a batch axis.
 
     Args:

@@ -101,14 +101,19 @@ def _product(g: _Graph, inputs: list[str], o: Mapping[str, Any], shape: tuple[in
     value, codes = inputs[0], o.get("codes")
     layer = g.weights[o["layer"]]
     integers = layer.integers if codes is not None else None
-    kernel, scale = (layer.kernel, None) if codes is None or integers is None else (integers[0], integers[1] * codes.scale)
+    kernel, scale = (
+        (layer.kernel, None) if codes is None or integers is None else (integers[0], integers[1] * codes.scale)
+    )
     if scale is not None and codes.scale != 1:
         value = g.add("Round", [g.add("Div", [value, g.constant(codes.scale)])])
     kernel = np.asarray(kernel, np.float32)
     if kernel.ndim == 2:
         value = g.add("MatMul", [value, g.constant(kernel)])
     else:
-        weights, options = g.constant(kernel.transpose(3, 2, 0, 1)), {"strides": list(o["strides"]), "group": o["groups"]}
+        weights, options = (
+            g.constant(kernel.transpose(3, 2, 0, 1)),
+            {"strides": list(o["strides"]), "group": o["groups"]},
+        )
         value = g.add("Conv", [value, weights], pads=_pads(o["padding"]), **options)
     return value if scale is None else g.add("Mul", [value, g.per_channel(scale, shape)])
 

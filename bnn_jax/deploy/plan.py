@@ -62,7 +62,9 @@ class Buffer:
             self._set(memory, row + 1, image, row, 1)
             return
         row, rows = (left + width + right) * self.elements, top + height + bottom
-        dtype = (np.uint8 if kernels.reads_nibbles else np.uint64) if layout.format == "signs" else DTYPES[layout.format]
+        dtype = (
+            (np.uint8 if kernels.reads_nibbles else np.uint64) if layout.format == "signs" else DTYPES[layout.format]
+        )
         zero = FOUR_ZEROS if layout.format == "signs" and kernels.reads_nibbles else 0
         zero = -layout.codes.low if layout.format == "bytes" and layout.codes is not None else zero
         # Kernels read up to two positions beyond the last.

@@ -92,5 +92,3 @@ def used(nodes: list[Node], output: int) -> list[Node]:
     keep.reverse()
     number = {0: 0, **{index + 1: place + 1 for place, index in enumerate(keep)}}
     return [dataclasses.replace(nodes[i], inputs=tuple(number[value] for value in nodes[i].inputs)) for i in keep]
-
-

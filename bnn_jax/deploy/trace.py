@@ -400,4 +400,3 @@ _RULES: dict[str, Callable] = {
     "reduce_window_sum": _window("sum_pool"),
     "reduce_sum": _sum,
 }
-

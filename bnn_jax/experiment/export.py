@@ -1,6 +1,8 @@
 """A stage's network as a file that classifies by itself, and its accuracy."""
 
 import dataclasses
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from bnn_jax.data.augment import EVALUATION_MARGIN
 from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.deploy import Classifier, artefact
 from bnn_jax.deploy.export import export
+from bnn_jax.deploy.interchange import to_onnx, to_stablehlo
 from bnn_jax.errors import UserError
 from bnn_jax.experiment.build import Experiment
 from bnn_jax.experiment.evaluate import StageVariables, evaluated_choice, only_test, read_stage
@@ -19,6 +22,8 @@ from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import load_images
 from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.report.costs import complexity
+
+CONVERTERS: dict[str, Callable[..., bytes]] = {"stablehlo": to_stablehlo, "onnx": to_onnx}
 
 
 def export_stage(
@@ -28,8 +33,9 @@ def export_stage(
     stage_name: str | None = None,
     checkpoint: Path | None = None,
     output: Path | None = None,
+    form: str = "bnn",
 ) -> dict[str, Any]:
-    """Writes the network of a stage, or of a checkpoint, to a ``.bnn`` file.
+    """Writes the network of a stage, or of a checkpoint, to a file.
 
     Args:
       experiment: the experiment.
@@ -37,9 +43,11 @@ def export_stage(
       stage_name: 'w4a4' or 'w4a4@best'; None is the last stage (with a checkpoint) or the last finished one.
       checkpoint: file of one network's variables, or folder of saved ones.
       output: the file; None: '<stage>.bnn' in the stage's folder, or beside the checkpoint.
+      form: 'bnn', or a key of ``CONVERTERS``, whose weights are floats.
 
     Returns:
-      ``path``, ``file_bytes``, ``weights_bytes``, ``predicted_bytes`` of all layers, and ``layers``.
+      ``stage``, ``path`` and ``file_bytes``; of 'bnn' also ``weights_bytes``, ``predicted_bytes`` of all layers, and
+      ``layers``.
 
     Raises:
       UserError: nothing to export, or something that files do not have.
@@ -49,7 +57,9 @@ def export_stage(
     found = read_stage(experiment, folder, stage_name=stage_name, checkpoint=checkpoint)
     if output is None:
         beside = folder.stage(found.stage.name) if checkpoint is None else checkpoint.parent
-        output = beside / f"{found.stage.name}.bnn"
+        output = beside / f"{found.stage.name}.{form}"
+    if form != "bnn":
+        return {"stage": found.stage.name, **_convert(experiment, folder, found, output, form)}
     written = _write(experiment, folder, found, output)
     predicted = written.facts["predicted_bytes"]
     layers = [
@@ -66,6 +76,20 @@ def export_stage(
     }
 
 
+def _convert(
+    experiment: Experiment, folder: RunFolder, found: StageVariables, output: Path, form: str
+) -> dict[str, Any]:
+    """Writes another format than our own."""
+    with tempfile.TemporaryDirectory() as place:
+        written = _write(experiment, folder, found, Path(place) / "network.bnn")
+    content = CONVERTERS[form](written.program, written.weights)
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"--output={output}: {error.strerror}") from None
+    return {"path": str(output), "file_bytes": len(content)}
+
+
 def _write(experiment: Experiment, folder: RunFolder, found: StageVariables, output: Path) -> artefact.Artefact:
     stage, config = found.stage, experiment.config
     one_image = dataclasses.replace(only_test(stage.data), num_eval=1)
@@ -74,7 +98,9 @@ def _write(experiment: Experiment, folder: RunFolder, found: StageVariables, out
     context = evaluation_context(found.variables, choice=None if choice is None else jnp.asarray(choice, jnp.int32))
     costs = complexity(found.network, source.image_shape)
     predicted = {
-        layer.path: -(-layer.quantized_bits // 8) + -(-layer.codebook_bits // 8) for layer in costs.layers if layer.quantized
+        layer.path: -(-layer.quantized_bits // 8) + -(-layer.codebook_bits // 8)
+        for layer in costs.layers
+        if layer.quantized
     }
     result = folder.result(stage.name) if found.trained_here else None
     facts = {

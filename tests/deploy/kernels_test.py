@@ -163,7 +163,9 @@ def test_a_product(name: str, kernels: native.Kernels) -> None:
     if case.node.kind == "conv":
         nodes.append(Node("sum", (len(nodes),)))
         # A sum over positions hides their order: weigh them by a second, positional output.
-        nodes[-1] = Node("reshape", (len(nodes) - 1,), {"shape": (int(np.prod(_conv_shape(nodes, shape, case.layer))),)})
+        nodes[-1] = Node(
+            "reshape", (len(nodes) - 1,), {"shape": (int(np.prod(_conv_shape(nodes, shape, case.layer))),)}
+        )
     program, weights = Program(shape, tuple(nodes)), {"layer": case.layer}
     _compare(program, weights, kernels, case.product)
 
@@ -172,7 +174,9 @@ def _conv_shape(nodes: list[Node], shape: tuple[int, int, int], layer: Weights) 
     return Program(shape, tuple(nodes[:-1])).shapes({"layer": layer.shape})[-1]
 
 
-def _compare(program: Program, weights: dict[str, Weights], kernels: native.Kernels, product: str | None = None) -> None:
+def _compare(
+    program: Program, weights: dict[str, Weights], kernels: native.Kernels, product: str | None = None
+) -> None:
     """One image, several at once, and several threads."""
     layers = Layers(program, weights, kernels)
     chosen = next(iter(layers.products.values()), None)
@@ -254,7 +258,11 @@ def test_the_largest_sums_are_exact(kernels: native.Kernels) -> None:
     # All products have the same sign: every sum takes the largest value that the format of sums has to hold.
     size = 4 * fuse.MOST_FOURS - 4
     layer = LevelWeights(np.ones((size, 9), np.uint16), np.array([-1, 1], np.float32), np.float32(1), 1)
-    nodes = (Node("reshape", (0,), {"shape": (size,)}), Node("sign", (1,)), Node("dense", (2,), {"layer": "layer", "codes": UNIT}))
+    nodes = (
+        Node("reshape", (0,), {"shape": (size,)}),
+        Node("sign", (1,)),
+        Node("dense", (2,), {"layer": "layer", "codes": UNIT}),
+    )
     program = Program((1, 1, size), nodes)  # fmt: skip
     for sign in (-1.0, 1.0):
         found = Plan(program, Layers(program, {"layer": layer}, kernels), batch=1)
@@ -296,7 +304,9 @@ def test_without_a_library_one_line_says_that_numpy_is_used(monkeypatch: pytest.
 @pytest.mark.slow
 def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
     """All cases of this file once more, in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    library = compiled(tmp_path / "kernels.so", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    library = compiled(
+        tmp_path / "kernels.so", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    )
     if library is None:
         pytest.skip("no compiler")
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

@@ -32,7 +32,9 @@ class Tiny(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> NetworkOutput:
-        conv = functools.partial(QuantConv, weight_quantizer=build_weight(self.weight), act_quantizer=build_act(self.act))
+        conv = functools.partial(
+            QuantConv, weight_quantizer=build_weight(self.weight), act_quantizer=build_act(self.act)
+        )
         x = hard_tanh(BatchNorm(name="bn0")(QuantConv(self.channels, name="conv0")(x, ctx), ctx))
         x = x + BatchNorm(name="bn1")(conv(self.channels, name="conv1")(x, ctx), ctx)
         x = hard_tanh(BatchNorm(name="bn2")(conv(20, strides=(2, 2), name="conv2")(x, ctx), ctx))
