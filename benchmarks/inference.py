@@ -4,7 +4,8 @@
                                    [--threads=1] [--instruction_set=avx2] [--profile] [--statistic=least]
                                    [--output=FILE.json]
 
-All forms run in turn, round after round; times are medians (or the least, on a busy machine), and the ratios are those of one run. PyTorch, onnxruntime
+All forms run in turn, round after round; times are medians (or the least, on a busy machine), and the ratios are those
+of one run. PyTorch, onnxruntime
 (and onnx, which writes its model) and JAX are measured where they are installed. Networks have random weights: speed
 does not depend on them. The last lines are the figures promised in docs/deploy.md; exit status 1 where one is missed.
 """
@@ -191,7 +192,7 @@ def measure_network(name: str, batch: int, options: argparse.Namespace) -> dict[
     others = {
         "PyTorch float32": torch_form(program, weights, options.threads),
         "onnxruntime float32": onnx_form(program, weights, options.threads),
-        "JAX float32": jax_backend.compile(program, weights),
+        "JAX float32": jax_backend.compile_program(program, weights),
     }
     for other, form in others.items():
         if form is not None:

@@ -1,7 +1,7 @@
 """The file of an exported network, ``.bnn``: written, and read without trusting it.
 
-The container is that of safetensors (https://github.com/huggingface/safetensors): a header in JSON and the bytes of named
-arrays. Version 1 holds:
+The container is that of safetensors (https://github.com/huggingface/safetensors): a header in JSON and the bytes of
+named arrays. Version 1 holds:
 
   metadata
     format       'bnn_jax.deploy'
@@ -13,7 +13,7 @@ arrays. Version 1 holds:
   LAYER/weights  float32 kernels, or uint8: packed indices, see ``weights.py``
   LAYER/codebook uint8: patterns of nine bits, where not every pattern is in use
 
-An array in the program is written {"at": first number in ``constants``, "size": numbers}; single numbers stand in place.
+An array in the program is written {"at": first number in ``constants``, "size": numbers}; a single number as such.
 """
 
 import dataclasses

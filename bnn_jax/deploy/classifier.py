@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bnn_jax.deploy import artefact, native, reference
+from bnn_jax.deploy.artefact import Artefact
+from bnn_jax.deploy.artefact import load as load_artefact
+from bnn_jax.deploy.native import choose
 from bnn_jax.deploy.plan import Layers, Plan
+from bnn_jax.deploy.reference import run as run_reference
 from bnn_jax.errors import UserError
 
 Array = np.ndarray
@@ -41,7 +44,7 @@ def load(
     """
     if backend not in ("packed", "jax"):
         raise UserError(f"backend={backend!r}: accepted are 'packed', 'jax'")
-    return Classifier(artefact.load(path), backend=backend, threads=threads, instruction_set=instruction_set)
+    return Classifier(load_artefact(path), backend=backend, threads=threads, instruction_set=instruction_set)
 
 
 class Classifier:
@@ -55,7 +58,7 @@ class Classifier:
 
     def __init__(
         self,
-        exported: artefact.Artefact,
+        exported: Artefact,
         *,
         backend: Backend = "packed",
         threads: int | None = None,
@@ -63,7 +66,7 @@ class Classifier:
     ):
         self.facts, self._exported, self._backend = exported.facts, exported, backend
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._kernels = native.choose(instruction_set) if backend == "packed" else None
+        self._kernels = choose(instruction_set) if backend == "packed" else None
         shapes = exported.program.shapes({name: each.shape for name, each in exported.weights.items()})
         self._largest_value = 4 * max(int(np.prod(shape)) for shape in shapes)
         self.classes: tuple[str, ...] = tuple(exported.facts.get("classes") or map(str, range(shapes[-1][0])))
@@ -112,7 +115,7 @@ class Classifier:
             return self._jax_logits(images)
         if self._kernels is None:
             parts = [images[i : i + 16] for i in range(0, len(images), 16)]
-            run = functools.partial(reference.run, self._exported.program, self._exported.weights)
+            run = functools.partial(run_reference, self._exported.program, self._exported.weights)
             return np.concatenate([run(part) for part in parts])
         return self._packed_logits(images)
 
@@ -146,9 +149,9 @@ class Classifier:
 
     @functools.cached_property
     def _jax_logits(self) -> Any:
-        from bnn_jax.deploy import jax_backend
+        from bnn_jax.deploy.jax_backend import compile_program
 
-        return jax_backend.compile(self._exported.program, self._exported.weights)
+        return compile_program(self._exported.program, self._exported.weights)
 
     def _plan(self, batch: int) -> Plan:
         return Plan(self._exported.program, self._layers, batch=batch)

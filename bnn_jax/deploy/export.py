@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 import bnn_jax
-from bnn_jax.deploy import artefact
+from bnn_jax.deploy.artefact import Artefact, load, save
 from bnn_jax.deploy.trace import trace
 from bnn_jax.errors import UserError
 from bnn_jax.quantizers.base import QuantContext
@@ -23,7 +23,7 @@ def export(
     *,
     facts: Mapping[str, Any],
     context: QuantContext | None = None,
-) -> artefact.Artefact:
+) -> Artefact:
     """Exports a network, and reads back what was written.
 
     Args:
@@ -42,10 +42,10 @@ def export(
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
     try:
-        artefact.save(path, program, weights, {**facts, "bnn_jax": bnn_jax.__version__, **_commit()})
+        save(path, program, weights, {**facts, "bnn_jax": bnn_jax.__version__, **_commit()})
     except OSError as error:
         raise UserError(f"--output={path}: {os.strerror(error.errno or 0)}") from None
-    return artefact.load(path)
+    return load(path)
 
 
 def _commit() -> dict[str, str]:

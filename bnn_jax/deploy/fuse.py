@@ -1,7 +1,6 @@
 """Which operations run as one: a source of rows, then everything that can be done with each row while it is at hand."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -94,7 +93,7 @@ def product_of(node: Node, layer: Weights, *, instruction_set: str) -> str:
     if codes is None or integers is None:
         return "float"
     largest, fan_in = int(np.abs(integers[0]).max(initial=0)), int(np.prod(shape[:-1]))
-    if -1 <= codes.low and codes.high <= 1 and bool(np.all(np.abs(integers[0]) == 1)):
+    if codes.low >= -1 and codes.high <= 1 and bool(np.all(np.abs(integers[0]) == 1)):
         if _prefers_codebook(node, layer, instruction_set):
             return "codebook"
         if fan_in <= 4 * MOST_FOURS - 4 * shape[0] * shape[1]:
@@ -106,7 +105,7 @@ def product_of(node: Node, layer: Weights, *, instruction_set: str) -> str:
 
 
 def _prefers_codebook(node: Node, layer: Weights, instruction_set: str) -> bool:
-    """Whether adding up looked-up patterns is faster than multiplying signs; see docs/deploy.md for the measurements."""
+    """Whether adding up looked-up patterns is faster than multiplying signs; docs/deploy.md measures it."""
     if not isinstance(layer, PatternWeights) or node.kind != "conv":
         return False
     fits = node.options["strides"] == (1, 1) and node.options["padding"] == ((1, 1), (1, 1))

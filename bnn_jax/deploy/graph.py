@@ -1,7 +1,7 @@
 """A network as a list of operations: what an exported file holds, what is run, and what each operation means.
 
 Value 0 is the normalised image, value i + 1 the result of operation i. Shapes are without the batch, which is the first
-axis of every value. The kinds of operations and their options are the table ``KINDS``, which is the format's definition:
+axis of every value. The kinds of operations and their options are the table ``KINDS``, which defines the format:
 
   conv        layer, strides, padding, groups, codes     convolution (H, W, I) -> (H', W', O)
   dense       layer, codes                               (I,) -> (O,)

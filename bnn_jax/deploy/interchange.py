@@ -21,11 +21,11 @@ def to_stablehlo(program: Program, weights: Mapping[str, Weights]) -> bytes:
     import jax
     import jax.numpy as jnp
 
-    from bnn_jax.deploy import jax_backend
+    from bnn_jax.deploy.jax_backend import function
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *program.image_shape), jnp.float32)
-    exported = jax.export.export(jax.jit(jax_backend.function(program, weights)), platforms=("cpu", "cuda", "tpu"))
+    exported = jax.export.export(jax.jit(function(program, weights)), platforms=("cpu", "cuda", "tpu"))
     return exported(images).serialize()
 
 

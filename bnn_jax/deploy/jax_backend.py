@@ -6,24 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnn_jax.deploy import reference
 from bnn_jax.deploy.graph import Node, Program
+from bnn_jax.deploy.reference import convolver, evaluate
 from bnn_jax.deploy.weights import Weights
 
 
 def function(program: Program, weights: Mapping[str, Weights]) -> Callable[[jax.Array], jax.Array]:
     """(N, H, W, C) normalised images -> logits (N, K), traceable."""
-    convolve = reference.convolver(jnp, weights, _convolve)
+    convolve = convolver(jnp, weights, _convolve)
 
     def logits(images: jax.Array) -> jax.Array:
         # Constants are (C,) whatever the value's axes are.
         with jax.numpy_rank_promotion("allow"):
-            return reference.evaluate(jnp, program, convolve, _pool, images)
+            return evaluate(jnp, program, convolve, _pool, images)
 
     return logits
 
 
-def compile(program: Program, weights: Mapping[str, Weights]) -> Callable[[np.ndarray], np.ndarray]:
+def compile_program(program: Program, weights: Mapping[str, Weights]) -> Callable[[np.ndarray], np.ndarray]:
     """The same on arrays of numpy; compiled once for each number of images."""
     run = jax.jit(function(program, weights))
     return lambda images: np.asarray(run(images))

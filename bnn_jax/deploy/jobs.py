@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bnn_jax.deploy import artefact, pictures
+from bnn_jax.deploy.artefact import load
 from bnn_jax.deploy.classifier import Classifier
+from bnn_jax.deploy.pictures import read
 from bnn_jax.errors import UserError
 
 
@@ -25,7 +26,7 @@ def predict(classifier: Classifier, images: Sequence[str], *, top: int = 5) -> d
     """
     if not images:
         raise UserError("--mode=predict: no picture is given; name files behind the options")
-    pixels = pictures.read(images, classifier.facts, classifier.image_shape)
+    pixels = read(images, classifier.facts, classifier.image_shape)
     rows = [
         {"image": str(path), "classes": [{"name": name, "probability": value} for name, value in found]}
         for path, found in zip(images, classifier.predict(pixels, top=top), strict=True)
@@ -39,7 +40,7 @@ def summary(path: Path) -> dict[str, Any]:
     Raises:
       ArtefactError: the file is missing or damaged.
     """
-    exported = artefact.load(path)
+    exported = load(path)
     predicted = exported.facts.get("predicted_bytes", {})
     layers = [
         {

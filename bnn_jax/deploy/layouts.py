@@ -76,7 +76,7 @@ def codebook_chunk(num_in: int) -> int:
 
 def codebook_offsets(indices: Array, patterns: int, tile: int) -> Array:
     """For CONV_CODEBOOK: indices (I, O) -> for every block and output channel the places of its sums in the table."""
-    num_in, num_out = indices.shape
+    num_in = len(indices)
     chunk = codebook_chunk(num_in)
     blocks = []
     for first in range(0, num_in, chunk):
@@ -87,7 +87,7 @@ def codebook_offsets(indices: Array, patterns: int, tile: int) -> Array:
 
 
 def codebook_rows(levels: Array) -> Array:
-    """Patterns (n, 9) -> (n, 3), each row of three signs as a number: 4 for the left, 2 for the middle, 1 for the right."""
+    """Patterns (n, 9) -> (n, 3), each row of signs as a number: 4 for the left, 2 for the middle, 1."""
     positive = (levels > 0).reshape(-1, 3, 3)
     return np.ascontiguousarray(np.sum(positive * np.array([4, 2, 1]), axis=2).astype(np.uint8))
 

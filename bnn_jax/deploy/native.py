@@ -1,4 +1,4 @@
-"""The compiled kernels: the library, its instruction sets, and its structures as ``kernels/runtime.h`` declares them."""
+"""The compiled kernels: the library, its instruction sets, and its structures (``kernels/runtime.h``)."""
 
 import ctypes
 import functools

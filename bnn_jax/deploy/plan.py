@@ -1,14 +1,27 @@
 """A program as the list of C structures that the kernels run, with the memory of all values."""
 
-import ctypes
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from bnn_jax.deploy import fuse, layouts, native, reference
-from bnn_jax.deploy.graph import Codes, Node, Program, Shape, compute
+from bnn_jax.deploy.fuse import Group, fuse, product_of
+from bnn_jax.deploy.graph import Codes, Node, Program, compute
+from bnn_jax.deploy.layouts import (
+    aligned,
+    codebook_chunk,
+    codebook_offsets,
+    codebook_rows,
+    depthwise_weights,
+    float_weights,
+    integer_weights,
+    nibble_weights,
+    round_up,
+    word_weights,
+)
+from bnn_jax.deploy.native import CODEBOOK_TILE, SOURCES, STEPS, COperation, CStep, CTensor, Kernels
+from bnn_jax.deploy.reference import pool
 from bnn_jax.deploy.weights import PatternWeights, Weights
 
 Array = np.ndarray
@@ -49,7 +62,7 @@ class Layout:
 class Buffer:
     """Memory of one value."""
 
-    def __init__(self, layout: Layout, batch: int, kernels: native.Kernels):
+    def __init__(self, layout: Layout, batch: int, kernels: Kernels):
         self.layout = layout
         height, width, channels = layout.shape
         top, bottom, left, right = layout.padding
@@ -57,8 +70,8 @@ class Buffer:
         if layout.format == "planes":
             # A column of zeros between rows and a row between images serve both sides.
             row, image = width + 1, (width + 1) * (height + 1)
-            self.plane = layouts.round_up(batch * image + 2 * row + 2 * native.CODEBOOK_TILE, 64)
-            memory = layouts.aligned(np.zeros(channels * self.plane + 64, np.int8))
+            self.plane = round_up(batch * image + 2 * row + 2 * CODEBOOK_TILE, 64)
+            memory = aligned(np.zeros(channels * self.plane + 64, np.int8))
             self._set(memory, row + 1, image, row, 1)
             return
         row, rows = (left + width + right) * self.elements, top + height + bottom
@@ -69,13 +82,13 @@ class Buffer:
         zero = -layout.codes.low if layout.format == "bytes" and layout.codes is not None else zero
         # Kernels read up to two positions beyond the last.
         slack = 16 * self.elements + 64
-        memory = layouts.aligned(np.full(batch * rows * row + slack, zero, dtype))
+        memory = aligned(np.full(batch * rows * row + slack, zero, dtype))
         self._set(memory, top * row + left * self.elements, rows * row, row, self.elements)
         self.plane = 0
 
     def _set(self, memory: Array, origin: int, image: int, row: int, pixel: int) -> None:
         self.memory = memory
-        self.tensor = native.CTensor(memory.ctypes.data + origin * memory.itemsize, image, row, pixel)
+        self.tensor = CTensor(memory.ctypes.data + origin * memory.itemsize, image, row, pixel)
         self._origin = origin
 
     def view(self, batch: int) -> Array:
@@ -86,28 +99,28 @@ class Buffer:
         return np.lib.stride_tricks.as_strided(self.memory[self._origin :], shape, strides)
 
 
-def _elements(layout: Layout, kernels: native.Kernels) -> int:
+def _elements(layout: Layout, kernels: Kernels) -> int:
     """Elements of the format in one pixel."""
     channels = layout.shape[2]
     match layout.format:
         case "float":
-            return channels if layout.exact else layouts.round_up(channels, 16)
+            return channels if layout.exact else round_up(channels, 16)
         case "signs":
             return -(-channels // 4) if kernels.reads_nibbles else 2 * -(-channels // 64)
         case "bytes":
-            return layouts.round_up(channels, 4)
+            return round_up(channels, 4)
         case "shorts":
-            return layouts.round_up(channels, 2)
+            return round_up(channels, 2)
     return channels
 
 
 class Layers:
     """The weights of a network in the order the kernels read them; shared by all plans."""
 
-    def __init__(self, program: Program, weights: Mapping[str, Weights], kernels: native.Kernels):
+    def __init__(self, program: Program, weights: Mapping[str, Weights], kernels: Kernels):
         self.weights, self.kernels = weights, kernels
         self.products = {
-            index: fuse.product_of(node, weights[node.options["layer"]], instruction_set=kernels.name)
+            index: product_of(node, weights[node.options["layer"]], instruction_set=kernels.name)
             for index, node in enumerate(program.nodes)
             if node.kind in ("conv", "dense")
         }
@@ -118,28 +131,28 @@ class Layers:
         key = (index, elements)
         if key not in self._laid_out:
             weights, rows = self._lay_out(self.products[index], node, elements)
-            self._laid_out[key] = layouts.aligned(weights), rows
+            self._laid_out[key] = aligned(weights), rows
         return self._laid_out[key]
 
     def _lay_out(self, product: str, node: Node, elements: int) -> tuple[Array, Array | None]:
         layer, kernels = self.weights[node.options["layer"]], self.kernels
         if product == "codebook":
             assert isinstance(layer, PatternWeights)
-            offsets = layouts.codebook_offsets(layer.indices, len(layer.levels), native.CODEBOOK_TILE)
-            return offsets, layouts.codebook_rows(layer.levels)
+            offsets = codebook_offsets(layer.indices, len(layer.levels), CODEBOOK_TILE)
+            return offsets, codebook_rows(layer.levels)
         if product in ("float", "depthwise"):
             kernel = _four_axes(layer.kernel)
             if product == "depthwise":
-                return layouts.depthwise_weights(kernel), None
+                return depthwise_weights(kernel), None
             kernel = _ungrouped(kernel, node.options.get("groups", 1))
-            return layouts.float_weights(kernel, kernels.float_tile, elements), None
+            return float_weights(kernel, kernels.float_tile, elements), None
         assert layer.integers is not None
         codes = _four_axes(layer.integers[0])
         if product == "binary":
             if kernels.reads_nibbles:
-                return layouts.nibble_weights(codes > 0), None
-            return layouts.word_weights(codes > 0, kernels.binary_tile), None
-        return layouts.integer_weights(codes, kernels.integer_tile, np.int8 if product == "bytes" else np.int16), None
+                return nibble_weights(codes > 0), None
+            return word_weights(codes > 0, kernels.binary_tile), None
+        return integer_weights(codes, kernels.integer_tile, np.int8 if product == "bytes" else np.int16), None
 
     def scale(self, index: int, node: Node) -> tuple[Array, Array] | None:
         """Factor and summand that turn a layer's sums of integers into its output; None where they are that already."""
@@ -209,7 +222,7 @@ class Plan:
         found: list[tuple[str, float]] = []
         names = iter(self._names)
         for name, segment in self._segments:
-            parts = [segment] if name == "host" else [(native.COperation * 1)(each) for each in segment]
+            parts = [segment] if name == "host" else [(COperation * 1)(each) for each in segment]
             for part in parts:
                 started = time.perf_counter()
                 part() if name == "host" else self._kernels.run(part, threads)
@@ -219,7 +232,7 @@ class Plan:
     # ---- building ----
 
     def _build(self) -> None:
-        groups = fuse.fuse(self._program, self._shapes)
+        groups = fuse(self._program, self._shapes)
         place = {index: number for number, group in enumerate(groups) for index in group.nodes}
         last = len(self._program.nodes)
         self._readers = {
@@ -228,7 +241,7 @@ class Plan:
         }
         for layout in self._layouts(0, inside=None):
             self._buffers[(0, layout.format)] = Buffer(layout, self.batch, self._kernels)
-        pending: list[native.COperation] = []
+        pending: list[COperation] = []
         for number, group in enumerate(groups):
             self._names.append(self._name(group))
             if group.on_host:
@@ -240,12 +253,12 @@ class Plan:
             self._release(number)
         self._flush(pending)
 
-    def _flush(self, pending: list[native.COperation]) -> None:
+    def _flush(self, pending: list[COperation]) -> None:
         if pending:
-            self._segments.append(("kernels", (native.COperation * len(pending))(*pending)))
+            self._segments.append(("kernels", (COperation * len(pending))(*pending)))
             pending.clear()
 
-    def _name(self, group: fuse.Group) -> str:
+    def _name(self, group: Group) -> str:
         nodes = [self._program.nodes[index] for index in group.nodes]
         first = nodes[0].options.get("layer", nodes[0].kind)
         product = self._layers.products.get(group.nodes[0])
@@ -303,12 +316,12 @@ class Plan:
 
         def run() -> None:
             arrays = [b.view(self.batch).reshape(self.batch, *s) for b, s in zip(inputs, shapes, strict=True)]
-            result = compute(np, node, arrays, _no_product, reference.pool)
+            result = compute(np, node, arrays, _no_product, pool)
             output.view(self.batch)[...] = result.reshape(self.batch, *shape)
 
         return run
 
-    def _repacking(self, value: int) -> list[native.COperation]:
+    def _repacking(self, value: int) -> list[COperation]:
         """What stores a value of numpy's in the other forms in which it is read."""
         packed = [each for each in self._layouts(value, inside=None) if each.format != "float"]
         if not packed:
@@ -318,14 +331,14 @@ class Plan:
         self._names.append("packing")
         return [operation]
 
-    def _operation(self, group: fuse.Group) -> native.COperation:
+    def _operation(self, group: Group) -> COperation:
         first = group.nodes[0]
         node = self._program.nodes[first]
         is_product = not group.loads and first in self._layers.products
         operation = self._product(first, node) if is_product else self._moving(first + 1, node, loads=group.loads)
         # What sums of integers are still to be multiplied with and raised by.
         scaled = self._layers.scale(first, node) if is_product else None
-        steps: list[native.CStep] = []
+        steps: list[CStep] = []
         for position, index in enumerate(group.nodes):
             following = group.nodes[position + 1] if position + 1 < len(group.nodes) else None
             outputs = [self._allocate(index + 1, each) for each in self._layouts(index + 1, inside=following)]
@@ -343,9 +356,9 @@ class Plan:
         return operation
 
     def _follow(
-        self, steps: list[native.CStep], index: int, before: int, channels: int, scaled: tuple[Any, Any] | None
+        self, steps: list[CStep], index: int, before: int, channels: int, scaled: tuple[Any, Any] | None
     ) -> tuple[Any, Any] | None:
-        """Adds the steps of an operation; returns what is still to be multiplied with, if the operation only does that."""
+        """Adds the steps of an operation; returns what is still to be multiplied with, if it only does that."""
         node = self._program.nodes[index]
         if scaled is not None and node.kind == "affine":
             scale, offset = node.options.get("scale", np.float32(1)), node.options.get("offset", np.float32(0))
@@ -357,8 +370,8 @@ class Plan:
             steps.append(self._step("negate_some", channels, first=node.options["sign"]))
         return None
 
-    def _finish(self, operation: native.COperation, steps: list[native.CStep]) -> None:
-        array = (native.CStep * len(steps))(*steps)
+    def _finish(self, operation: COperation, steps: list[CStep]) -> None:
+        array = (CStep * len(steps))(*steps)
         operation.steps, operation.step_count = array, len(steps)
         self._keep.append(array)
 
@@ -367,21 +380,21 @@ class Plan:
         is_sign = self._program.nodes[index].kind == "sign"
         return is_sign and following is None and all(b.layout.format in ("signs", "planes") for b in outputs)
 
-    def _describe(self, value: int, buffer: Buffer) -> native.COperation:
+    def _describe(self, value: int, buffer: Buffer) -> COperation:
         """An operation that makes a value of one that lies in the buffer."""
         height, width, channels = self._image_shape(value)
-        operation = native.COperation(batch=self.batch, height=height, width=width, channels=channels)
+        operation = COperation(batch=self.batch, height=height, width=width, channels=channels)
         operation.input, operation.kernel_height, operation.kernel_width = buffer.tensor, 1, 1
         operation.stride_y = operation.stride_x = 1
         operation.input_height, operation.input_width, operation.input_channels = buffer.layout.shape
         return operation
 
-    def _product(self, index: int, node: Node) -> native.COperation:
+    def _product(self, index: int, node: Node) -> COperation:
         product, layer = self._layers.products[index], self._layers.weights[node.options["layer"]]
         buffer = self._buffers[(node.inputs[0], FORMATS[product])]
         operation = self._describe(index + 1, buffer)
         weights, rows = self._layers.laid_out(index, node, buffer.elements)
-        operation.source = native.SOURCES.index(f"conv_{product}")
+        operation.source = SOURCES.index(f"conv_{product}")
         operation.weights, operation.input_channels = weights.ctypes.data, buffer.elements
         self._keep += [weights, rows]
         if node.kind == "conv":
@@ -391,23 +404,23 @@ class Plan:
         else:
             # Images side by side, so that weights are read once for several of them.
             operation.batch, operation.width = 1, self.batch
-            operation.input = native.CTensor(buffer.tensor.data, 0, 0, buffer.tensor.image)
+            operation.input = CTensor(buffer.tensor.data, 0, 0, buffer.tensor.image)
         if product == "codebook":
             assert isinstance(layer, PatternWeights) and rows is not None
             operation.shift, operation.patterns = buffer.plane, len(layer.levels)
-            operation.chunk, operation.codebook = layouts.codebook_chunk(layer.shape[2]), rows.ctypes.data
+            operation.chunk, operation.codebook = codebook_chunk(layer.shape[2]), rows.ctypes.data
         if product == "bytes":
             codes, integers = node.options["codes"], layer.integers
             assert integers is not None
             operation.chunk = 32767 // (2 * max(1, int(np.abs(integers[0]).max()) * (codes.high - codes.low)))
         return operation
 
-    def _moving(self, value: int, node: Node, *, loads: bool) -> native.COperation:
+    def _moving(self, value: int, node: Node, *, loads: bool) -> COperation:
         """Pooling, or loading: all of the first input (``loads``), or what the operation takes of it."""
         operation = self._describe(value, self._buffers[(node.inputs[0], "float")])
         kind, options = ("load" if loads else node.kind), node.options
         source = {"max_pool": "pool_max", "sum_pool": "pool_sum", "sum": "pool_sum"}.get(kind, "load")
-        operation.source = native.SOURCES.index(source)
+        operation.source = SOURCES.index(source)
         if kind in ("max_pool", "sum_pool"):
             operation.kernel_height, operation.kernel_width = options["window"]
             operation.stride_y, operation.stride_x = options["strides"]
@@ -421,7 +434,7 @@ class Plan:
             operation.shift = options["low"][-1]
         return operation
 
-    def _follower(self, node: Node, value: int, channels: int) -> native.CStep:
+    def _follower(self, node: Node, value: int, channels: int) -> CStep:
         """The step of an operation that follows the value in its group."""
         options = node.options
         match node.kind:
@@ -448,18 +461,18 @@ class Plan:
 
     def _step(self, kind: str, channels: int, *, first: Any = None, second: Any = None, rest: float = 0.0) -> Any:
         """A step with constants per channel; ``rest`` fills those beyond the last channel."""
-        step = native.CStep(kind=native.STEPS.index(kind))
+        step = CStep(kind=STEPS.index(kind))
         for name, value, fill in (("first", first, rest), ("second", second, -rest if rest == np.inf else 0.0)):
             if value is not None:
-                constants = np.full(layouts.round_up(channels, 64), fill, np.float32)
+                constants = np.full(round_up(channels, 64), fill, np.float32)
                 constants[:channels] = value
                 self._keep.append(constants)
                 setattr(step, name, constants.ctypes.data)
         return step
 
-    def _store(self, buffer: Buffer) -> native.CStep:
+    def _store(self, buffer: Buffer) -> CStep:
         layout = buffer.layout
-        step = native.CStep(kind=native.STEPS.index(f"store_{layout.format}"), plane=buffer.plane)
+        step = CStep(kind=STEPS.index(f"store_{layout.format}"), plane=buffer.plane)
         step.tensor = buffer.tensor
         if layout.codes is not None:
             step.low, step.high = 1 / layout.codes.scale, layout.codes.low

@@ -29,7 +29,7 @@ def evaluate(xp: Any, program: Program, convolve: Callable, pool: Callable, imag
 
 
 def convolver(xp: Any, weights: Mapping[str, Weights], convolve: Callable) -> Callable[[Any, Node], Any]:
-    """What 'conv' and 'dense' do: small integers are multiplied as such and scaled afterwards, so that sums are exact."""
+    """What 'conv' and 'dense' do: small integers are multiplied first and scaled then, so that sums are exact."""
 
     def apply(x: Any, node: Node) -> Any:
         layer, codes = weights[node.options["layer"]], node.options.get("codes")

@@ -1,6 +1,7 @@
 """Patterns of operations that are one operation of the format, and the removal of what no output depends on."""
 
 import dataclasses
+
 import numpy as np
 
 from bnn_jax.deploy.graph import Node

@@ -1,7 +1,7 @@
 """From a Linen network and its variables to a list of operations and the weights of its layers.
 
-The network is traced once. Calls of ``QuantConv`` and ``QuantDense`` become one opaque operation each, which carries the
-layer's path; whatever else the network does is read from the traced program: operations on constants are computed, the
+The network is traced once. Calls of ``QuantConv`` and ``QuantDense`` become one opaque operation each, which carries
+the layer's path; whatever else the network does is read from the traced program: operations on constants are computed, the
 others are a handful of kinds. Nothing here knows a network, a block or a quantizer by name.
 """
 

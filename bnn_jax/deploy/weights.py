@@ -57,7 +57,7 @@ class LevelWeights:
 
     @functools.cached_property
     def integers(self) -> tuple[Array, Array] | None:
-        """Integers of the kernel's shape and the scale, () or (O,), whose product the weights are; None if too large."""
+        """Integers of the kernel's shape and the scale, () or (O,), whose product they are; None if too large."""
         unit = common_unit(self.levels)
         if unit is None:
             return None
@@ -141,7 +141,7 @@ def unpack_bits(data: bytes | Array, bits: int, count: int) -> Array:
 
 def digits_per_word(base: int) -> int:
     """Digits to a base that fit 64 bits."""
-    return int(math.floor(64 / math.log2(base) + 1e-12)) if base > 1 else 64
+    return math.floor(64 / math.log2(base) + 1e-12) if base > 1 else 64
 
 
 def pack_digits(values: Array, base: int) -> bytes:

@@ -230,7 +230,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def mutations(data: bytes, other: bytes, count: int) -> Any:
-    """Truncated, changed in a few bits or bytes, spliced with another file, with a part repeated or oversized numbers."""
+    """Truncated, changed in a few bits or bytes, spliced with another file, with a part repeated or large numbers."""
     random = np.random.default_rng(5)
     for number in range(count):
         changed = bytearray(data)

@@ -125,12 +125,22 @@ CASES = {
             (5, 13, 128, (7, 7)),
         )
     },
-    "bytes, 2 bit": Case("bytes", integers((3, 3, 6, 10), 3), conv(Codes(0.25, 0, 3)), levels_node(0.25, 0, 3), channels=6),
-    "bytes, 4 bit": Case("bytes", integers((3, 3, 70, 40), 15), conv(Codes(0.1, 0, 15)), levels_node(0.1, 0, 15), channels=70),
+    "bytes, 2 bit": Case(
+        "bytes", integers((3, 3, 6, 10), 3), conv(Codes(0.25, 0, 3)), levels_node(0.25, 0, 3), channels=6
+    ),
+    "bytes, 4 bit": Case(
+        "bytes", integers((3, 3, 70, 40), 15), conv(Codes(0.1, 0, 15)), levels_node(0.1, 0, 15), channels=70
+    ),
     "bytes, signs": Case("bytes", integers((3, 3, 5, 9), 7), conv(UNIT), SIGN, channels=5),
-    "shorts, 8 bit": Case("shorts", integers((3, 3, 9, 17), 255), conv(Codes(0.01, 0, 255)), levels_node(0.01, 0, 255), channels=9),
-    "shorts, signed": Case("shorts", integers((1, 3, 7, 5), 200), conv(Codes(0.1, -100, 100)), levels_node(0.1, -100, 100), channels=7),
-    "float": Case("float", FloatWeights(random().normal(size=(3, 3, 5, 37)).astype(np.float32)), conv(None), SIGN, channels=5),
+    "shorts, 8 bit": Case(
+        "shorts", integers((3, 3, 9, 17), 255), conv(Codes(0.01, 0, 255)), levels_node(0.01, 0, 255), channels=9
+    ),
+    "shorts, signed": Case(
+        "shorts", integers((1, 3, 7, 5), 200), conv(Codes(0.1, -100, 100)), levels_node(0.1, -100, 100), channels=7
+    ),
+    "float": Case(
+        "float", FloatWeights(random().normal(size=(3, 3, 5, 37)).astype(np.float32)), conv(None), SIGN, channels=5
+    ),
     "float 7x7, stride 2": Case(
         "float",
         FloatWeights(random().normal(size=(7, 7, 3, 64)).astype(np.float32)),
@@ -139,7 +149,11 @@ CASES = {
         size=(23, 21),
     ),
     "float, two groups": Case(
-        "float", FloatWeights(random().normal(size=(3, 3, 4, 6)).astype(np.float32)), conv(None, groups=2), SIGN, channels=8
+        "float",
+        FloatWeights(random().normal(size=(3, 3, 4, 6)).astype(np.float32)),
+        conv(None, groups=2),
+        SIGN,
+        channels=8,
     ),
     "depthwise": Case(
         "depthwise",
@@ -149,7 +163,7 @@ CASES = {
         channels=21,
     ),
     "dense": Case("binary", binary((50, 30)), Node("dense", (1,), {"layer": "layer", "codes": UNIT}), SIGN),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -263,7 +277,7 @@ def test_the_largest_sums_are_exact(kernels: native.Kernels) -> None:
         Node("sign", (1,)),
         Node("dense", (2,), {"layer": "layer", "codes": UNIT}),
     )
-    program = Program((1, 1, size), nodes)  # fmt: skip
+    program = Program((1, 1, size), nodes)
     for sign in (-1.0, 1.0):
         found = Plan(program, Layers(program, {"layer": layer}, kernels), batch=1)
         assert np.all(found.run(np.full((1, 1, 1, size), sign, np.float32)) == sign * size)

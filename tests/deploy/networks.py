@@ -1,4 +1,4 @@
-"""Networks for the tests of deployment: a small one of our layers with any quantizers, and those of the table in small."""
+"""Networks for the tests of deployment: a small one with any quantizers, and those of the table in small."""
 
 import functools
 from pathlib import Path
