@@ -40,8 +40,8 @@ CORE = [
     "safetensors>=0.5",  # the container of exported networks
 ]
 
-# Loaded with ctypes, so it needs no headers of Python. Without a compiler the rest is installed all the same, and inference
-# runs in numpy.
+# Loaded with ctypes, so it needs no headers of Python. Without a compiler the rest is installed all the same; inference
+# then runs in numpy.
 KERNELS = Extension(
     "bnn_jax.deploy._kernels",
     sources=["bnn_jax/deploy/kernels/kernels.c"],

@@ -30,7 +30,8 @@ from bnn_jax import networks
 from bnn_jax.deploy import artefact, interchange, jax_backend, native
 from bnn_jax.deploy.classifier import Classifier
 from bnn_jax.deploy.graph import Codes, Node, Program
-from bnn_jax.deploy.plan import Layers, Plan
+from bnn_jax.deploy.memory import Layers
+from bnn_jax.deploy.plan import Plan
 from bnn_jax.deploy.trace import trace
 from bnn_jax.deploy.weights import FloatWeights, LevelWeights, PatternWeights, Weights
 from bnn_jax.quantizers import QuantContext

@@ -10,8 +10,9 @@ import numpy as np
 
 from bnn_jax.deploy.artefact import Artefact
 from bnn_jax.deploy.artefact import load as load_artefact
+from bnn_jax.deploy.memory import Layers
 from bnn_jax.deploy.native import choose
-from bnn_jax.deploy.plan import Layers, Plan
+from bnn_jax.deploy.plan import Plan
 from bnn_jax.deploy.reference import run as run_reference
 from bnn_jax.errors import UserError
 

@@ -44,7 +44,7 @@ def nibble_weights(positive: Array) -> Array:
     positive = _padded(positive.astype(np.uint8), 2, 4)
     height, width, num_in, num_out = positive.shape
     fours = positive.reshape(height, width, num_in // 4, 4, num_out)
-    numbers = np.sum(fours << np.arange(4, dtype=np.uint8)[:, None], axis=3, dtype=np.uint8)
+    numbers: Array = np.sum(fours << np.arange(4, dtype=np.uint8)[:, None], axis=3, dtype=np.uint8)  # type: ignore[assignment]
     if num_out <= 16:
         return _in_tiles(numbers, 16).ravel()
     blocks = [numbers[..., first : first + 64] for first in range(0, num_out, 64)]

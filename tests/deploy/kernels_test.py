@@ -15,7 +15,8 @@ import pytest
 
 from bnn_jax.deploy import fuse, native, reference
 from bnn_jax.deploy.graph import Codes, Node, Program
-from bnn_jax.deploy.plan import Layers, Plan
+from bnn_jax.deploy.memory import Layers
+from bnn_jax.deploy.plan import Plan
 from bnn_jax.deploy.weights import FloatWeights, LevelWeights, PatternWeights, Weights
 from bnn_jax.errors import UserError
 
