@@ -68,6 +68,7 @@ setup(
         "fast": ["opencv-python-headless>=4.10"],  # config.data.decoder='opencv'
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
         "report": ["matplotlib>=3.9"],
+        "onnx": ["onnx>=1.16"],  # --mode=export --format=onnx
         "dev": ["ruff>=0.17,<0.18", "pyright[nodejs]>=1.1.408", "pre-commit>=4.0"],
     },
     classifiers=[

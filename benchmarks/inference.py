@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bnn_jax import networks
-from bnn_jax.deploy import artefact, interchange, jax_backend, native
+from bnn_jax.deploy import artefact, fuse, interchange, jax_backend, native
 from bnn_jax.deploy.classifier import Classifier
 from bnn_jax.deploy.graph import Codes, Node, Program
 from bnn_jax.deploy.memory import Layers
@@ -226,7 +227,9 @@ def layer_form(layer: Weights, side: int, batch: int, options: argparse.Namespac
     kernels = native.choose(options.instruction_set)
     assert kernels is not None
     program, weights = signs_program(layer.shape[2], side, layer)
-    layers = Layers(program, weights, kernels)
+    # Codebooks are looked up whether it pays or not.
+    with mock.patch.dict(fuse.LEAST_FILTERS, {kernels.name: 0}):
+        layers = Layers(program, weights, kernels)
     plan = Plan(program, layers, batch=batch)
     images = np.random.default_rng(1).normal(size=(batch, side, side, layer.shape[2])).astype(np.float32)
     return layers.products[1], lambda: plan.timed(images, options.threads)[1][1]

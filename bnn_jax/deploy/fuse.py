@@ -11,6 +11,9 @@ from bnn_jax.deploy.weights import PatternWeights, Weights
 SOURCES = ("conv", "dense", "max_pool", "sum_pool", "sum", "slice", "pad")
 FOLLOWERS = ("affine", "divide", "add", "clip", "prelu", "round", "round_away", "sign", "threshold")
 
+# Filters for each pattern from which on a codebook is used, by instruction set; absent: never.
+LEAST_FILTERS = {"avx2": 16, "plain": 1}
+
 LARGEST_SUM = 2**31 - 1
 # Sums of looked-up fours are kept in 16 bits.
 MOST_FOURS = 4095
@@ -110,5 +113,5 @@ def _prefers_codebook(node: Node, layer: Weights, instruction_set: str) -> bool:
         return False
     fits = node.options["strides"] == (1, 1) and node.options["padding"] == ((1, 1), (1, 1))
     patterns, num_out = len(layer.levels), layer.shape[3]
-    least = {"avx2": 4, "plain": 1}.get(instruction_set)
+    least = LEAST_FILTERS.get(instruction_set)
     return fits and least is not None and patterns <= 64 and num_out >= least * patterns
