@@ -1,6 +1,5 @@
 """Two seeds trained at once, through ``launch.py``."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.integration.launching import (
-    QUICKSTART,
     SAVE_ALWAYS,
     STAGES,
     TWO_RUNGS,
@@ -183,15 +181,3 @@ def test_a_method_whose_stages_depend_on_the_seed_is_refused(tmp_path, monkeypat
     assert finished.error_line == (
         "error: config.num_seeds=2: stage w32a32 of another seed is another stage; accepted is 1"
     )
-
-
-def test_a_run_folder_from_before_there_were_several_seeds_goes_on(two_rungs, copy_of):
-    folder = copy_of(two_rungs)
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    del content["config"]["num_seeds"]
-    path.write_text(json.dumps(content))
-    finished = launch_here(*TWO_RUNGS, f"--workdir={folder}")
-    assert finished.code == 0 and "stage w1a1: finished before" in finished.stderr
-    refused = launch_here(QUICKSTART, *TWO_SEEDS[1:], f"--workdir={folder}")
-    assert "config.num_seeds: 1 -> 2" in refused.error_line

@@ -65,7 +65,7 @@ def check_lsq_weight(file: GoldenFile, result: Comparison, case: str) -> None:
     relative_to_largest(result, f"{case}ds", ds, file[f"{case}ds"], 1e-5)
     first = quantizer.init(jax.random.key(0), w, QuantContext())["params"]["step"]
     result.close(f"{case}s_init", first, file[f"{case}s_init"], rtol=1e-6)
-    codes = quantizer.apply({"params": {"step": s}}, w, method="encode").levels
+    codes = quantizer.apply({"params": {"step": s}}, w, QuantContext(), method="encode").levels
     result.exact(f"{case}thd", [codes[0], codes[-1]], file[f"{case}thd"])
 
 

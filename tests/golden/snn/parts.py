@@ -171,7 +171,7 @@ def _check_reactnet(file: GoldenFile, result: Comparison) -> None:
 def scale_of(layer: QuantConv, variables: Mapping[str, Any]) -> np.ndarray:
     """The scale of every filter."""
     own = {name: tree["weight_quantizer"] for name, tree in variables.items()}
-    scale = layer.weight_quantizer().apply(own, variables["params"]["kernel"], method="code_scale")
+    scale = layer.weight_quantizer().apply(own, variables["params"]["kernel"], QuantContext(), method="code_scale")
     return np.asarray(scale).ravel()
 
 
