@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 
@@ -37,7 +37,19 @@ CORE = [
     "pillow>=11.0",
     "scikit-learn>=1.6",  # its digits are the data set that is always at hand
     "numpy>=2.0",
+    "safetensors>=0.5",  # the container of exported networks
 ]
+
+# Loaded with ctypes, so it needs no headers of Python. Without a compiler the rest is installed all the same; inference
+# then runs in numpy.
+KERNELS = Extension(
+    "bnn_jax.deploy._kernels",
+    sources=["bnn_jax/deploy/kernels/kernels.c"],
+    depends=["bnn_jax/deploy/kernels/kernels.inc", "bnn_jax/deploy/kernels/runtime.h"],
+    extra_compile_args=["-std=gnu11", "-O3", "-pthread"],
+    extra_link_args=["-pthread", "-lm"],
+    optional=True,
+)
 
 setup(
     name="bnn_jax",
@@ -48,12 +60,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["bnn_jax", "bnn_jax.*"]),
+    package_data={"bnn_jax.deploy": ["kernels/*"]},
+    ext_modules=[KERNELS],
     install_requires=CORE,
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "fast": ["opencv-python-headless>=4.10"],  # config.data.decoder='opencv'
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
         "report": ["matplotlib>=3.9"],
+        "onnx": ["onnx>=1.16"],  # --mode=export --format=onnx
         "dev": ["ruff>=0.17,<0.18", "pyright[nodejs]>=1.1.408", "pre-commit>=4.0"],
     },
     classifiers=[

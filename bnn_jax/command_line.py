@@ -17,21 +17,25 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bnn_jax import hosts
+from bnn_jax.deploy import jobs, load
 from bnn_jax.errors import UserError
 from bnn_jax.experiment.config import SECTIONS, flatten, keys_of, suggest, validate
 
-MODES = ("train", "evaluate", "summary", "report")
+MODES = ("train", "evaluate", "summary", "report", "export", "predict")
 
 # The modes that read an option; the others refuse it.
 OPTION_MODES = {
-    "stage": ("train", "evaluate", "summary"),
-    "checkpoint": ("evaluate",),
+    "stage": ("train", "evaluate", "summary", "export", "predict"),
+    "checkpoint": ("evaluate", "summary", "export", "predict"),
+    "output": ("export",),
+    "format": ("export",),
     "fresh": ("train",),
     "coordinator": ("train", "evaluate"),
     "num_processes": ("train", "evaluate"),
     "process_id": ("train", "evaluate"),
 }
 DISTRIBUTED = ("auto", "off")
+FORMATS = ("bnn", "stablehlo", "onnx")
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -48,8 +52,8 @@ def parse(argv: Sequence[str]) -> Any:
       UserError: one line about what is wrong.
     """
     path, argv = _split_config(argv)
-    config = _load_config(path)
-    argv = _last_overrides(argv, config)
+    config = None if path is None else _load_config(path)
+    argv = argv if config is None else _last_overrides(argv, config)
     try:
         values = _define_flags(config, argv)
         rest = values(argv)[1:]
@@ -57,15 +61,30 @@ def parse(argv: Sequence[str]) -> Any:
         raise UserError(_describe_illegal_value(one_line(error))) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"command line: {one_line(error)}; --help lists the options") from None
-    if rest:
-        raise UserError(f"command line: {rest[0]!r} is no option; --help lists the options")
     if values.mode not in MODES:
         raise UserError(f"--mode={values.mode}: accepted are {', '.join(MODES)}")
+    if rest and values.mode != "predict":
+        raise UserError(f"command line: {rest[0]!r} is no option; --help lists the options")
+    values.images = rest
+    if values.format not in (None, *FORMATS):
+        raise UserError(f"--format={values.format}: accepted are {', '.join(FORMATS)}")
+    _check_checkpoint(values, has_config=config is not None)
     if values.distributed not in DISTRIBUTED:
         raise UserError(f"--distributed={values.distributed}: accepted are {', '.join(DISTRIBUTED)}")
     _refuse_unused(values)
     peers_of(values)
     return values
+
+
+def _check_checkpoint(values: Any, *, has_config: bool) -> None:
+    """Raises UserError where a mode needs a config and there is none, or cannot read such a checkpoint."""
+    of_file = jobs.is_exported(values.checkpoint)
+    if not has_config and not (of_file and values.mode in ("predict", "summary")):
+        raise UserError("--config is missing, e.g. --config=configs/quickstart.py; --help lists the options")
+    if values.mode == "summary" and values.checkpoint and not of_file:
+        raise UserError(f"--checkpoint={values.checkpoint}: accepted with --mode=summary is an exported file, .bnn")
+    if values.mode == "export" and of_file:
+        raise UserError(f"--checkpoint={values.checkpoint}: it is exported already")
 
 
 def _refuse_unused(values: flags.FlagValues) -> None:
@@ -75,9 +94,9 @@ def _refuse_unused(values: flags.FlagValues) -> None:
             raise UserError(f"--{name} is of no use with --mode={values.mode}: accepted with {', '.join(modes)}")
 
 
-def _define_flags(config: ConfigDict, argv: list[str]) -> flags.FlagValues:
+def _define_flags(config: ConfigDict | None, argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
-    for name in ("workdir", "stage", "checkpoint", "coordinator"):
+    for name in ("workdir", "stage", "checkpoint", "output", "format", "coordinator"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
     flags.DEFINE_string("distributed", "auto", "join other processes", flag_values=values)
@@ -85,12 +104,14 @@ def _define_flags(config: ConfigDict, argv: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer(name, default, name, flag_values=values)
     flags.DEFINE_bool("fresh", False, "start anew", flag_values=values)
     flags.DEFINE_bool("json", False, "JSON as the last line", flag_values=values)
-    config_flags.DEFINE_config_dict("config", config, "config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_list("images", [], "pictures, given behind the options", flag_values=values)
+    if config is not None:
+        config_flags.DEFINE_config_dict("config", config, "config", flag_values=values, sys_argv=argv)
     return values
 
 
-def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of ``--config``, and the other arguments."""
+def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--config`` or None, and the other arguments."""
     rest, config = [], None
     arguments = iter(argv[1:])
     for argument in arguments:
@@ -99,9 +120,7 @@ def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
             config = value if equals else next(arguments, "")
         else:
             rest.append(argument)
-    if not config:
-        raise UserError("--config is missing, e.g. --config=configs/quickstart.py; --help lists the options")
-    return config, [argv[0], *rest]
+    return config or None, [argv[0], *rest]
 
 
 def _load_config(value: str) -> ConfigDict:
@@ -189,6 +208,11 @@ def run(values: Any, group: hosts.Group) -> None:
       UserError: bad input.
       Interrupted: a signal came; the run is saved.
     """
+    if jobs.is_exported(values.checkpoint) and values.mode in ("predict", "summary"):
+        result = _predict_exported(values) if values.mode == "predict" else _summarise_exported(values)
+        if values.json:
+            print(json.dumps(result), flush=True)
+        return
     config = validate(values.config.to_dict())
     peers = peers_of(values)
     if peers is not None:
@@ -202,7 +226,14 @@ def run(values: Any, group: hosts.Group) -> None:
     experiment = make_experiment(config)
     folder = RunFolder(Path(values.workdir or Path("runs") / config["name"]), experiment.stages)
     train = functools.partial(_train, group=group)
-    modes = {"train": train, "evaluate": _evaluate, "summary": _summary, "report": _report}
+    modes = {
+        "train": train,
+        "evaluate": _evaluate,
+        "summary": _summary,
+        "report": _report,
+        "export": _export,
+        "predict": _predict,
+    }
     result = modes[values.mode](experiment, folder, values)
     if values.json and hosts.is_first():
         print(json.dumps(result), flush=True)
@@ -232,7 +263,12 @@ def _evaluate(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
     from bnn_jax.experiment.evaluate import evaluate
 
     checkpoint = Path(values.checkpoint) if values.checkpoint else None
-    result = evaluate(experiment, folder, stage_name=values.stage, checkpoint=checkpoint)
+    if checkpoint is not None and jobs.is_exported(checkpoint):
+        from bnn_jax.experiment.export import evaluate_exported
+
+        result = evaluate_exported(experiment, checkpoint, stage_name=values.stage)
+    else:
+        result = evaluate(experiment, folder, stage_name=values.stage, checkpoint=checkpoint)
     if hosts.is_first():
         name = values.stage or result["stage"]
         for row in result.get("seeds", ()):
@@ -283,3 +319,47 @@ def _show_winners(winners: dict[str, Any] | None, result: dict[str, Any]) -> Non
 
     tables.show(tables.winners_table(winners))
     result["winners"] = winners
+
+
+def _export(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
+    from bnn_jax.experiment.export import export_stage
+
+    paths = {name: Path(values[name].value) if values[name].value else None for name in ("checkpoint", "output")}
+    result = export_stage(experiment, folder, stage_name=values.stage, form=values.format or "bnn", **paths)
+    if "layers" in result:
+        _show_layers(result)
+    print(f"{result['path']}: {result['file_bytes']:,} bytes")
+    return result
+
+
+def _predict(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
+    from bnn_jax.experiment.predict import classifier_of
+
+    checkpoint = Path(values.checkpoint) if values.checkpoint else None
+    classifier = classifier_of(experiment, folder, stage_name=values.stage, checkpoint=checkpoint)
+    return _show_predictions(jobs.predict(classifier, values.images))
+
+
+def _predict_exported(values: Any) -> dict[str, Any]:
+    return _show_predictions(jobs.predict(load(values.checkpoint), values.images))
+
+
+def _summarise_exported(values: Any) -> dict[str, Any]:
+    result = jobs.summary(Path(values.checkpoint))
+    _show_layers(result)
+    print(f"{values.checkpoint}: {result['file_bytes']:,} bytes")
+    return result
+
+
+def _show_predictions(result: dict[str, Any]) -> dict[str, Any]:
+    """A row for each picture and class."""
+    from bnn_jax.report import tables
+
+    tables.show(tables.predictions_table(result["predictions"]))
+    return result
+
+
+def _show_layers(result: dict[str, Any]) -> None:
+    from bnn_jax.report import tables
+
+    tables.show(tables.stored_table(result))

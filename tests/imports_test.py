@@ -34,7 +34,7 @@ LAYERS = {
     "search": 7,
     "report": 7,
     "methods": 7,
-    "deploy": 8,
+    "deploy": 7,
     "experiment": 8,
     "command_line": 9,
 }

@@ -38,6 +38,46 @@ def evaluate(
     Raises:
       UserError: nothing to evaluate, or it does not fit.
     """
+    found = read_stage(experiment, folder, stage_name=stage_name, checkpoint=checkpoint)
+    stage = found.stage
+    if found.of_one_seed:
+        experiment = of_seed(experiment, 0)
+    devices, source = all_devices(), load_images(experiment.config, only_test(stage.data))
+    evaluator = make_evaluator(experiment, folder, stage, found.network, source, devices, only_test=True)
+    result = evaluator(devices.replicate(found.variables), "test")
+    assert result is not None  # only asked to stop could it be
+    return {**result, "stage": stage.name, "checkpoint": str(found.path)}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageVariables:
+    """A stage, its network, and variables of it that were read.
+
+    Attributes:
+      stage: the stage.
+      network: its network.
+      variables: the variables; of several seeds stacked.
+      path: where they come from.
+      trained_here: whether the stage's own training made them.
+      of_one_seed: whether they are of one network whatever the number of seeds.
+    """
+
+    stage: Stage
+    network: Any
+    variables: dict[str, Any]
+    path: Path
+    trained_here: bool
+    of_one_seed: bool
+
+
+def read_stage(
+    experiment: Experiment, folder: RunFolder, *, stage_name: str | None, checkpoint: Path | None
+) -> StageVariables:
+    """Reads the variables of a checkpoint, or of a stage of the run; ``evaluate`` says what the arguments mean.
+
+    Raises:
+      UserError: there are none, or they do not fit.
+    """
     name, _, which = (stage_name or "").partition("@")
     if which not in ("", "last", "best"):
         raise UserError(f"--stage={stage_name}: accepted behind the @ are last, best")
@@ -50,7 +90,8 @@ def evaluate(
             f"--stage={stage.name}: it searches and trains nothing to evaluate; its results are in --mode=report"
         )
     check_seeds(experiment)
-    if checkpoint is not None and checkpoint.is_file():
+    of_one_seed = checkpoint is not None and checkpoint.is_file()
+    if of_one_seed:
         experiment = of_seed(experiment, 0)
     # The variables are read before the images: a wrong checkpoint shows at once.
     (network, shapes), seeds = described_network(experiment, stage), seeds_of(experiment, stage)
@@ -59,11 +100,7 @@ def evaluate(
     else:
         saved, path = SavedVariables(experiment, folder), folder.checkpoints(stage.name)
         variables = saved.load(f"stage:{stage.name}@{which or 'last'}", shapes, seeds)
-    devices, source = all_devices(), load_images(experiment.config, only_test(stage.data))
-    evaluator = make_evaluator(experiment, folder, stage, network, source, devices, only_test=True)
-    result = evaluator(devices.replicate(variables), "test")
-    assert result is not None  # only asked to stop could it be
-    return {**result, "stage": stage.name, "checkpoint": str(path)}
+    return StageVariables(stage, network, variables, path, checkpoint is None, of_one_seed)
 
 
 def _last_finished(experiment: Experiment, folder: RunFolder) -> str:

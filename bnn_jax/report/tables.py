@@ -202,6 +202,27 @@ def _costs_caption(complexity: Complexity) -> str:
     )
 
 
+def predictions_table(predictions: Sequence[Mapping[str, Any]]) -> Table:
+    """For each picture its likeliest classes and their probabilities."""
+    left = ("picture", "class")
+    table = new_table("Predictions", (*left, "probability"), left=left, wrapped=left)
+    for row in predictions:
+        for place, found in enumerate(row["classes"]):
+            table.add_row("" if place else row["image"], found["name"], f"{100 * found['probability']:.2f} %")
+    return table
+
+
+def stored_table(result: Mapping[str, Any]) -> Table:
+    """For each layer of an exported file the bytes of its weights, predicted and in the file."""
+    table = new_table("Bytes of the weights", ("layer", "predicted", "in the file"), left=("layer",))
+    for row in result["layers"]:
+        predicted = row["predicted_bytes"]
+        table.add_row(row["layer"], MISSING if predicted is None else f"{predicted:,}", f"{row['file_bytes']:,}")
+    table.add_section()
+    table.add_row("all", "", f"{result['weights_bytes']:,}", style="bold")
+    return table
+
+
 def describe_quantizer(spec: Spec) -> str:
     """A quantizer in a few words: 'dorefa 4', 'codebook 5' (tau), 'categorical po2-2b', '-' for the identity."""
     options = spec.kwargs
