@@ -22,10 +22,8 @@ from bnn_jax.training import metrics
 
 def stage_record(folder: Path) -> dict[str, Any]:
     """What a stage's folder says: its result, or that it has none yet, and the records of its epochs."""
-    result = run_files.read(folder / run_folder.RESULT, run_files.SEARCHED) or {
-        "stage": folder.name.partition("_")[2],
-        "finished": False,
-    }
+    unfinished = {"stage": folder.name.partition("_")[2], "finished": False}
+    result = run_files.read(folder / run_folder.RESULT, run_files.SEARCHED) or unfinished
     return {**result, "metrics": metrics.read(folder / run_folder.METRICS)}
 
 

@@ -120,8 +120,10 @@ def _start(stage: Stage, settings: Settings, path: Path, fold: int, before: Mapp
     state = _read(path, run_files.search_state(run_files.vector(settings.genes, settings.choices)))
     if state is not None and state["fold"] == fold:
         generation, rows = state["evolution"]["generation"], len(state["history"])
-        if rows != generation or generation < 1 or not state["evolution"]["evaluated"]:
+        if rows != generation or generation < 1:
             raise run_files.damaged(path, f"history has {rows} rows: accepted are evolution.generation={generation}")
+        if not state["evolution"]["evaluated"]:
+            raise run_files.damaged(path, "evolution.evaluated=[]: accepted is one or more")
         say(f"stage {stage.name}: fold {fold + 1} goes on after generation {generation}")
         return FoldSearch(fold, Evolution.from_state(settings, state["evolution"]), state["history"])
     options = stage.search.kwargs
