@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> int:
 
             where = f"{error.filename}: " if error.filename else ""
             return group.fail(2, f"{where}{describe_os_error(error)}")
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return group.fail(2, f"not enough memory: {command_line.one_line(error)[:200]}")
         if group.is_alone:
             raise
         traceback.print_exc()

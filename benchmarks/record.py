@@ -15,13 +15,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bnn_jax import run_files
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.training import metrics
 
 
 def stage_record(folder: Path) -> dict[str, Any]:
     """What a stage's folder says: its result, or that it has none yet, and the records of its epochs."""
-    result = run_folder.read_result(folder) or {"stage": folder.name.partition("_")[2], "finished": False}
+    unfinished = {"stage": folder.name.partition("_")[2], "finished": False}
+    result = run_files.read(folder / run_folder.RESULT, run_files.SEARCHED) or unfinished
     return {**result, "metrics": metrics.read(folder / run_folder.METRICS)}
 
 
@@ -38,7 +40,7 @@ def record(run: Path, **texts: str) -> dict[str, Any]:
     config = run / run_folder.CONFIG
     if not config.is_file():
         raise SystemExit(f"{run}: no run folder, {config.name} is missing")
-    content = json.loads(config.read_text())
+    content = run_files.read(config, run_files.CONFIG) or {}
     # Where the images lay is nobody else's business; '<stage>.old-1' was moved aside.
     content["config"]["data"]["data_dir"] = "DIR"
     stages = [stage_record(folder) for folder in sorted(run.glob("[0-9][0-9]_*")) if ".old-" not in folder.name]

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,14 @@ OPTION_MODES = {
     "coordinator": ("train", "evaluate"),
     "num_processes": ("train", "evaluate"),
     "process_id": ("train", "evaluate"),
+}
+# Options that name something, and what.
+PATHS = {
+    "workdir": "a folder",
+    "stage": "the name of a stage",
+    "checkpoint": "a file or folder",
+    "output": "a file",
+    "coordinator": "HOST:PORT",
 }
 DISTRIBUTED = ("auto", "off")
 FORMATS = ("bnn", "stablehlo", "onnx")
@@ -61,6 +68,9 @@ def parse(argv: Sequence[str]) -> Any:
         raise UserError(_describe_illegal_value(one_line(error))) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"command line: {one_line(error)}; --help lists the options") from None
+    for name in PATHS:
+        if values[name].value == "":
+            raise UserError(f"--{name}= is empty: accepted is {PATHS[name]}, or leave the option out")
     if values.mode not in MODES:
         raise UserError(f"--mode={values.mode}: accepted are {', '.join(MODES)}")
     if rest and values.mode != "predict":
@@ -134,7 +144,7 @@ def _load_config(value: str) -> ConfigDict:
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         config = module.get_config(argument)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Anything can go wrong in a file of the user's; the message names the file, Python's own text the rest.
         raise UserError(f"--config={value}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(config, ConfigDict):
@@ -251,7 +261,7 @@ def _train(experiment: Any, folder: Any, values: Any, *, group: hosts.Group) -> 
     from bnn_jax.report import tables
 
     if hosts.is_first():
-        tables.show(tables.stages_table(experiment.stages), file=sys.stderr)
+        tables.show(tables.stages_table(experiment.stages))
     result = {"stages": train(experiment, folder, from_stage=values.stage, fresh=values.fresh, group=group)}
     if hosts.is_first():
         tables.show(tables.results_table(result["stages"]))

@@ -113,7 +113,7 @@ Section = Mapping[str, Key]
 
 def _convert(value: Any, kind: type) -> Any:
     """``value`` as ``kind``, else None: an int is a float too, a bool is no number, nor are NaN and infinity."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300:
         value = float(value)
     fits = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
     return value if fits and not (isinstance(value, float) and not math.isfinite(value)) else None
@@ -155,5 +155,6 @@ FALLING_BITS = Condition(
 )
 BITS = Condition("32, or 1 to 8", lambda bits: bits == 32 or 1 <= bits <= 8)
 BITS_IN_TURN = Condition("0, 1, 2, ... in turn", lambda bits: bits == tuple(range(len(bits))))
+NOT_EMPTY = Condition("not empty", bool)
 FILE = Condition("'file:PATH'", lambda value: value.startswith("file:") and value != "file:")
 STAGE_OR_FILE = Condition("'stage' or 'file:PATH'", lambda value: value == "stage" or FILE.test(value))

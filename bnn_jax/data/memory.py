@@ -2,6 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +22,8 @@ PATTERN_SIZE = 8  # cells of a synthetic pattern per side
 PATTERN_RANGE = 128  # cells lie in 64 to 191
 NOISE_RANGE = 128  # an image's noise lies in -64 to 63, so that no pixel is clipped
 CHUNK = 256  # synthetic images generated at once
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -142,6 +148,31 @@ def streamed_source(spec: DataSpec, train: Records, test: Records, *, num_classe
     return ImageSource(spec.name, num_classes, splits[0], splits[1], IMAGENET_MEAN, IMAGENET_STD)
 
 
+def check_memory(keys: str, count: int, shape: Sequence[int], *, bytes_each: int = 1) -> None:
+    """Checks, before they are made, that images find room in this machine.
+
+    Args:
+      keys: that decide about it, for the message.
+      count: number of images.
+      shape: (H, W, C).
+      bytes_each: size of a number.
+
+    Raises:
+      DataError: they do not.
+    """
+    wanted, memory = count * math.prod(shape) * bytes_each, memory_size()
+    if wanted > memory:
+        images = f"{count:,} images of {'x'.join(map(str, shape))}"
+        raise DataError(f"{keys}: {images} take {wanted / 2**30:,.0f} GiB: accepted are {memory / 2**30:,.0f} here")
+
+
+def memory_size() -> int:
+    """Bytes of memory of this machine, or of the container this process is in."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else ""
+    return min(size, int(limit)) if limit.isdecimal() else size
+
+
 def digits(spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: int) -> ImageSource:
     """Scikit-learn's 1,797 digits of 8x8 pixels, which need no file: gray in three channels, enlarged bilinearly.
 
@@ -158,6 +189,7 @@ def digits(spec: DataSpec, data_dir: str | None, *, progress: bool, image_size: 
     if image_size < 8:
         raise DataError(f"config.data.image_size={image_size}: accepted is 8 or more for digits")
     bunch = load_digits()
+    check_memory(f"config.data.image_size={image_size}", len(bunch.images), (image_size, image_size, 3))
     images = np.stack([_enlarge(image, image_size) for image in bunch.images])
     labels = bunch.target.astype(np.int32)
     is_test = stratified_choice(labels, count=NUM_DIGITS_TEST, seed=0, purpose=Purpose.TEST_SPLIT)
@@ -202,6 +234,8 @@ def synthetic(
     for key, value in sizes.items():
         if value < 1:
             raise DataError(f"config.data.{key}={value}: accepted is 1 or more for synthetic")
+    keys = f"config.data.image_size={image_size}, num_train={num_train}, num_eval={num_eval}"
+    check_memory(keys, num_train + num_eval, (image_size, image_size, 3))
     shape = (num_classes, PATTERN_SIZE, PATTERN_SIZE, 3)
     patterns = _random_bytes(0, purpose=Purpose.PATTERN, shape=shape) % PATTERN_RANGE + (256 - PATTERN_RANGE) // 2
     train = _generate(patterns, num_train, image_size=image_size, first_stream=0)

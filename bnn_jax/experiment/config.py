@@ -16,6 +16,7 @@ from bnn_jax.errors import UserError
 from bnn_jax.keys import (
     ALL_NOT_NEGATIVE,
     FRACTION,
+    NOT_EMPTY,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
@@ -26,8 +27,11 @@ from bnn_jax.keys import (
     of_each_once,
 )
 
+# More images than any data set has, and more pixels than any picture: what is above cannot be meant.
+BATCH, SIDE = between(1, 100_000_000), between(1, 1_000_000)
+
 GENERAL: Section = {
-    "name": Key("unnamed", "name of the run folder, runs/<name>"),
+    "name": Key("unnamed", "name of the run folder, runs/<name>", NOT_EMPTY),
     "method": Key("asbq", "method, whose own section config.<method> is read too", tuple(sorted(methods.METHODS))),
     "seed": Key(0, "seed of data order, augmentation, initial weights", SEED),
     "num_seeds": Key(
@@ -49,7 +53,11 @@ GENERAL: Section = {
 DATA: Section = {
     "name": Key("cifar10", "data set", table="bnn_jax.data.SOURCES"),
     "data_dir": Key(
-        None, "folder of prepared data, or of images; None: TFDS_DATA_DIR or TFDS's own", kind=str, may_change=True
+        None,
+        "folder of prepared data, or of images; None: TFDS_DATA_DIR or TFDS's own",
+        NOT_EMPTY,
+        kind=str,
+        may_change=True,
     ),
     "num_train": Key(None, "training images used; None: all", POSITIVE, kind=int),
     "num_eval": Key(None, "test images used; None: all", POSITIVE, kind=int),
@@ -66,14 +74,14 @@ DATA: Section = {
     "normalize": Key(True, "whether the channels are normalised; else pixels stay in [0, 1]"),
     "lighting": Key("none", "random change of light in training", ("none", "release", "paper")),
     "image_size": Key(
-        None, "side in pixels, for ImageNet, a folder of images, generated and embedded images", POSITIVE, kind=int
+        None, "side in pixels, for ImageNet, a folder of images, generated and embedded images", SIDE, kind=int
     ),
     "num_classes": Key(None, "number of classes, for generated images only", at_least(2), kind=int),
 }
 
 TRAIN: Section = {
-    "batch_size": Key(128, "images per optimiser step, over all devices", POSITIVE),
-    "eval_batch_size": Key(500, "images per evaluation call", POSITIVE, may_change=True),
+    "batch_size": Key(128, "images per optimiser step, over all devices", BATCH),
+    "eval_batch_size": Key(500, "images per evaluation call", BATCH, may_change=True),
     "momentum": Key(0.9, "momentum of stochastic gradient descent", FRACTION),
     "nesterov": Key(True, "whether the momentum is Nesterov's"),
     "weight_decay": Key(1e-4, "L2, added to the gradient before momentum", NOT_NEGATIVE),

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from bnn_jax import hosts
+from bnn_jax import hosts, run_files
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import UserError
@@ -121,7 +121,8 @@ def evaluated_choice(stage: Stage, network: Any, folder: RunFolder) -> tuple[int
         return None
     if stage.choice is None or not stage.trains_winner:
         return (network.branches // 2,) * len(network.branch_patterns)
-    return tuple(folder.winner(stage.choice)["path"])
+    path = run_files.vector(len(network.branch_patterns), network.branches)
+    return tuple(folder.winner(stage.choice, path)["path"])
 
 
 def make_evaluator(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import bnn_jax
-from bnn_jax import files, hosts
+from bnn_jax import files, hosts, run_files
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.experiment.config import LOCATION_KEYS, flatten
 from bnn_jax.stages import Stage, differing_keys, parse_choice, to_json
@@ -68,20 +68,27 @@ class RunFolder:
         Raises:
           UserError: the file is damaged.
         """
-        return read_json(self.stage(name) / RESULT)
+        stage = self.stages[self.names.index(name)]
+        trained = run_files.WINNER if stage.trains_winner else run_files.TRAINED
+        return run_files.read(self.stage(name) / RESULT, run_files.SEARCHED if stage.kind == "search" else trained)
 
     def fold(self, search: str, fold: int) -> Path:
         """The file with what a search found on a fold."""
         return self.stage(search) / f"fold_{fold:02d}.json"
 
-    def winner(self, choice: str) -> dict[str, Any]:
+    def winner(self, choice: str, path: Any) -> dict[str, Any]:
         """What a search found on the fold that a choice, 'search:NAME#I', names.
+
+        Args:
+          choice: which fold.
+          path: shape of a path of the network, see ``run_files.vector``.
 
         Raises:
           CheckpointError: that fold was not searched.
+          UserError: the file is damaged.
         """
         name, fold = parse_choice(choice)
-        result = read_json(self.fold(name, fold))
+        result = run_files.read(self.fold(name, fold), run_files.fold(fold, path))
         if result is None:
             raise CheckpointError(f"{self.fold(name, fold)} is missing; train stage {name} first")
         return result
@@ -100,23 +107,6 @@ class RunFolder:
 def weights_file(seed: int | None) -> str:
     """Name of the file with the weights in use; None: there is one seed only."""
     return WEIGHTS if seed is None else f"{Path(WEIGHTS).stem}_seed_{seed}.npz"
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file, or None where there is none.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged; move it away to make it anew")
-    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -146,9 +136,9 @@ def check_shared(workdir: Path) -> None:
     Raises:
       UserError: it does not.
     """
-    written = hosts.from_first("claim", lambda: read_json(workdir / CONFIG))
+    written = hosts.from_first("claim", lambda: _read_config(workdir))
     end = time.monotonic() + SHARED_SECONDS
-    while (seen := read_json(workdir / CONFIG)) != written:
+    while (seen := _read_config(workdir)) != written:
         if time.monotonic() > end:
             what = "is not there" if seen is None else "is another one"
             raise UserError(
@@ -156,6 +146,10 @@ def check_shared(workdir: Path) -> None:
                 "that all hosts share"
             )
         time.sleep(0.2)
+
+
+def _read_config(workdir: Path) -> dict[str, Any] | None:
+    return run_files.read(workdir / CONFIG, run_files.CONFIG)
 
 
 def check_owner(workdir: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> None:
@@ -174,15 +168,15 @@ def _content(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> dict[str, 
 
 def _differences(path: Path, config: Mapping[str, Any], stages: tuple[Stage, ...]) -> list[str]:
     """Keys in which a run's config.json differs from a config, but for where and how it runs; none without a file."""
-    existing = read_json(path)
+    existing = _read_config(path.parent)
     if existing is None:
         return []
     new = _content(config, stages)
     flat_old, flat_new = (
         {f"config.{key}": value for key, value in flatten(config).items() if key not in LOCATION_KEYS}
-        for config in (existing.get("config", {}), new["config"])
+        for config in (existing["config"], new["config"])
     )
-    return differing_keys(flat_old, flat_new) or differing_keys(existing.get("stages"), new["stages"], "stages")
+    return differing_keys(flat_old, flat_new) or differing_keys(existing["stages"], new["stages"], "stages")
 
 
 def _describe_differences(path: Path, rows: list[str]) -> str:

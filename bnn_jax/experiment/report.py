@@ -46,7 +46,11 @@ def report(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
     if not finished:
         raise UserError(f"{folder.path}: no finished stage to report; train first")
     trained = [stage for stage, _ in finished if stage.kind == "train"]
-    records = {stage.name: metrics.read(folder.metrics(stage.name)) for stage in trained}
+    records = {
+        stage.name: metrics.read(folder.metrics(stage.name), epochs=result["epochs"])
+        for stage, result in finished
+        if stage.kind == "train"
+    }
     chain, accuracies = folder.path / "chain.png", folder.path / "accuracies.png"
     plots.plot_chain([result for stage, result in finished if stage in trained], records, chain)
     plots.plot_accuracies(records, accuracies)

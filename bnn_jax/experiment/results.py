@@ -1,20 +1,24 @@
 """What is written of a finished stage: ``result.json``, the record as a table, the weights in use."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from bnn_jax import run_files
 from bnn_jax.data.memory import ImageSource
-from bnn_jax.experiment.build import Experiment
+from bnn_jax.experiment.build import Experiment, described_network, seeds_of
 from bnn_jax.experiment.folder import METRICS_TABLE, RunFolder, provenance, weights_file
+from bnn_jax.experiment.load import SavedVariables
 from bnn_jax.report.costs import complexity, levels_in_use
 from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint, parse_choice
 from bnn_jax.storage.weights import encoded_weights, save_weights
 from bnn_jax.training import metrics
 from bnn_jax.training.loop import Setup
-from bnn_jax.training.seeds import table_row
+from bnn_jax.training.progress import say
+from bnn_jax.training.seeds import Seeds, table_row
 from bnn_jax.training.state import TrainState
 
 
@@ -23,17 +27,62 @@ def finish(experiment: Experiment, folder: RunFolder, setup: Setup, state: Train
     stage, seeds = setup.stage, setup.seeds
     records = metrics.read(folder.metrics(stage.name))
     each = seeds.unstack(jax.device_get(state.variables))
-    metrics.write_csv([table_row(record) for record in records], folder.stage(stage.name) / METRICS_TABLE)
-    for seed, variables in zip(seeds.names, each, strict=True):
-        encoded = encoded_weights(setup.network, variables, setup.source.image_shape)
-        if encoded:
-            save_weights(folder.stage(stage.name) / weights_file(seed if seeds.count > 1 else None), encoded)
+    _write_table(folder, stage, records)
+    _write_weights(folder, stage, seeds, setup.network, each, setup.source.image_shape)
     return {
         **described_run(experiment, stage, setup.source),
         **_result(setup, records, each),
-        **(_winner(experiment, folder, stage, records) if stage.trains_winner else {}),
+        **(_winner(experiment, folder, setup, records) if stage.trains_winner else {}),
         **(_of_seeds(records) if seeds.count > 1 else {}),
     }
+
+
+def remake(experiment: Experiment, folder: RunFolder, stage: Stage, result: Mapping[str, Any]) -> None:
+    """Writes the table and the weights in use of a finished stage anew where they are missing.
+
+    Args:
+      experiment: the experiment.
+      folder: its run folder.
+      stage: a stage that was trained.
+      result: its result.
+
+    Raises:
+      UserError: what they are made from is missing or damaged.
+    """
+    where, seeds = folder.stage(stage.name), seeds_of(experiment, stage)
+    if not (where / METRICS_TABLE).exists():
+        _write_table(folder, stage, metrics.read(folder.metrics(stage.name), epochs=result["epochs"]))
+        say(f"stage {stage.name}: wrote {METRICS_TABLE} anew from the record")
+    # Without quantized weights there is no such file.
+    if result.get("level_bits") is None or all((where / name).exists() for name in _weights_files(seeds)):
+        return
+    network, shapes = described_network(experiment, stage)
+    variables = SavedVariables(experiment, folder).load(f"stage:{stage.name}", shapes, seeds)
+    each = seeds.unstack(jax.device_get(variables))
+    _write_weights(folder, stage, seeds, network, each, experiment.describe(stage)[0])
+    say(f"stage {stage.name}: wrote {', '.join(_weights_files(seeds))} anew from the last checkpoint")
+
+
+def _write_table(folder: RunFolder, stage: Stage, records: list[dict[str, Any]]) -> None:
+    metrics.write_csv([table_row(record) for record in records], folder.stage(stage.name) / METRICS_TABLE)
+
+
+def _weights_files(seeds: Seeds) -> list[str]:
+    return [weights_file(seed if seeds.count > 1 else None) for seed in seeds.names]
+
+
+def _write_weights(
+    folder: RunFolder,
+    stage: Stage,
+    seeds: Seeds,
+    network: Any,
+    each: Sequence[Mapping[str, Any]],
+    image_shape: tuple[int, int, int],
+) -> None:
+    """Writes the weights in use of each seed, if there are any."""
+    for name, variables in zip(_weights_files(seeds), each, strict=True):
+        if encoded := encoded_weights(network, variables, image_shape):
+            save_weights(folder.stage(stage.name) / name, encoded)
 
 
 def described_run(experiment: Experiment, stage: Stage, source: ImageSource) -> dict[str, Any]:
@@ -114,11 +163,12 @@ def _of_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _winner(experiment: Experiment, folder: RunFolder, stage: Stage, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _winner(experiment: Experiment, folder: RunFolder, setup: Setup, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the result of a fine-tuned winner says besides: its path, and its accuracies in and outside of its fold."""
-    assert stage.choice is not None
-    found = folder.winner(stage.choice)
-    options = experiment.find(parse_choice(stage.choice)[0]).search.kwargs  # type: ignore[union-attr]
+    choice, network = setup.stage.choice, setup.network
+    assert choice is not None
+    found = folder.winner(choice, run_files.vector(len(network.branch_patterns), network.branches))
+    options = experiment.find(parse_choice(choice)[0]).search.kwargs  # type: ignore[union-attr]
     outside = [record["others_top1"] for record in records]
     best = options["report_epoch"] == "best"
     return {
@@ -137,8 +187,8 @@ def winners(folder: RunFolder) -> dict[str, Any] | None:
       ``rows``, one for each fold: ``fold``, ``path``, ``fold_top1``, ``full_top1``, ``tuned_top1``, ``combined_top1``,
       ``test_top1``; ``statistics`` of each accuracy; ``correlation`` of ``fold_top1`` and ``tuned_top1``.
     """
-    results = map(folder.result, folder.names)
-    tuned = [result for result in results if result is not None and "tuned_top1" in result]
+    results = [folder.result(stage.name) for stage in folder.stages if stage.trains_winner]
+    tuned = [result for result in results if result is not None]
     if not tuned:
         return None
     rows = [

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnn_jax import hosts
+from bnn_jax import hosts, run_files
 from bnn_jax.data.augment import prepare_eval
 from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.stream import StreamedSplit
@@ -88,7 +88,8 @@ def search(
     """
     hosts.from_first("search folder", lambda: folder.stage(stage.name).mkdir(exist_ok=True))
     folds, settings = folds_of(stage, source), _settings(stage, source)
-    done = [_read(folder.fold(stage.name, fold)) for fold in range(folds.count)]
+    path = run_files.vector(settings.genes, settings.choices)
+    done = [_read(folder.fold(stage.name, fold), run_files.fold(fold, path)) for fold in range(folds.count)]
     evaluate = None if all(done) else _evaluator(experiment, folder, stage, source, stop)
     started = time.monotonic()
     generations_done = sum(len(result["history"]) for result in done if result)
@@ -116,9 +117,13 @@ def _settings(stage: Stage, source: ImageSource) -> Settings:
 def _start(stage: Stage, settings: Settings, path: Path, fold: int, before: Mapping[str, Any] | None) -> FoldSearch:
     """The search on a fold, from its saved state or from the beginning."""
     assert stage.search is not None
-    state = _read(path)
+    state = _read(path, run_files.search_state(run_files.vector(settings.genes, settings.choices)))
     if state is not None and state["fold"] == fold:
-        generation = state["evolution"]["generation"]
+        generation, rows = state["evolution"]["generation"], len(state["history"])
+        if rows != generation or generation < 1:
+            raise run_files.damaged(path, f"history has {rows} rows: accepted are evolution.generation={generation}")
+        if not state["evolution"]["evaluated"]:
+            raise run_files.damaged(path, "evolution.evaluated=[]: accepted is one or more")
         say(f"stage {stage.name}: fold {fold + 1} goes on after generation {generation}")
         return FoldSearch(fold, Evolution.from_state(settings, state["evolution"]), state["history"])
     options = stage.search.kwargs
@@ -186,8 +191,8 @@ def _search_fold(
     return result
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return hosts.from_first(path.name, lambda: files.read_json(path))
+def _read(path: Path, shape: Any) -> dict[str, Any] | None:
+    return hosts.from_first(path.name, lambda: run_files.read(path, shape))
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from bnn_jax import hosts
-from bnn_jax.data.memory import ImageSource
+from bnn_jax.data.memory import ImageSource, check_memory
 from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, set_up
@@ -22,7 +22,7 @@ from bnn_jax.experiment.check import check
 from bnn_jax.experiment.evaluate import evaluated_choice, make_evaluator
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import SavedVariables, load_images
-from bnn_jax.experiment.results import finish
+from bnn_jax.experiment.results import finish, remake
 from bnn_jax.experiment.search import search
 from bnn_jax.experiment.start import first_state, state_shapes
 from bnn_jax.stages import DataSpec, Stage, fingerprint
@@ -85,6 +85,10 @@ def _prepare(
             _move_aside(folder.path)
     held.enter_context(files.locked(folder.path))
     files.claim(folder.path, experiment.config, experiment.stages)
+    for stage in experiment.stages:
+        # A damaged one shows now, and not when all stages before it are trained.
+        if stage not in again:
+            folder.result(stage.name)
     for stage in again:
         _move_aside(folder.stage(stage.name))
 
@@ -105,7 +109,9 @@ def _finished(experiment: Experiment, folder: RunFolder, stage: Stage) -> dict[s
         if result["stage_fingerprint"] != fingerprint(stage, experiment.stages):
             where = folder.stage(stage.name)
             raise UserError(f"{where} holds a result of another config; --stage={stage.name} trains it again")
-        accuracy = f", last top-1 {result['last_top1']:.2f} %" if "last_top1" in result else ""
+        if stage.kind == "train":
+            remake(experiment, folder, stage, result)
+        accuracy = f", last top-1 {result['last_top1']:.2f} %" if stage.kind == "train" else ""
         say(f"stage {stage.name}: finished before{accuracy}")
         return result
 
@@ -142,6 +148,7 @@ def _train_stage(
 ) -> dict[str, Any]:
     """Trains what is left of a stage and returns the content of ``result.json``."""
     hosts.same_everywhere(f"data of stage {stage.name}", {"fingerprint": source.fingerprint})
+    _check_batch(stage, source)
     setup, saved, devices = set_up(experiment, stage, source), SavedVariables(experiment, folder), all_devices()
     train_config, workers = experiment.config["train"], experiment.config["data"]["workers"]
     # Only now: a run whose images cannot be read leaves nothing that a corrected config would have to respect.
@@ -165,3 +172,17 @@ def _train_stage(
         )
         state = loop.fit(state, stop, meta=meta)
     return hosts.from_first("result", lambda: finish(experiment, folder, setup, state))
+
+
+def _check_batch(stage: Stage, source: ImageSource) -> None:
+    """Says that a batch is larger than the training set, which is then trained in one step.
+
+    Raises:
+      UserError: the images of a batch take more memory than there is.
+    """
+    asked, images = stage.optim.batch_size, len(source.train)
+    if asked > images:
+        say(f"stage {stage.name}: config.train.batch_size={asked}: the {images:,} training images are one batch")
+    # Pixels as float32, one of the parts that pass through the network in turn, divided among the processes.
+    each = -(-min(asked, images) // (stage.optim.accumulation_steps * hosts.count()))
+    check_memory("config.train.batch_size, config.data.image_size", each, source.image_shape, bytes_each=4)

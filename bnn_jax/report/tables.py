@@ -28,6 +28,8 @@ def show(table: Table, *, file: TextIO | None = None) -> None:
     """Prints a table to ``file`` (standard output by default), 100 columns wide where that is no terminal."""
     target: TextIO = sys.stdout if file is None else file
     Console(file=target, width=None if target.isatty() else WIDTH, highlight=False).print(table)
+    # What follows on standard error must not overtake it.
+    target.flush()
 
 
 def new_table(

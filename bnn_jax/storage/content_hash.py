@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bnn_jax import run_files
 from bnn_jax.errors import CheckpointError
 from bnn_jax.storage import orbax_files
 from bnn_jax.storage.orbax_files import Damage
@@ -105,11 +106,18 @@ class Header:
           Damage: it cannot be read, does not have its hash, or is of another step or format.
         """
         value = orbax_files.read_meta(folder)
-        if not isinstance(value, dict) or value.pop("sha256", None) != _json_hash(value):
+        try:
+            matches = isinstance(value, dict) and value.pop("sha256", None) == _json_hash(value)
+        except RecursionError:
+            matches = False
+        if not matches:
             raise Damage("meta does not match its hash")
         if value.pop("format", None) != FORMAT:
             raise Damage("meta is of another version of this program")
-        header = cls(**value)
+        if wrong := run_files.problem(value, run_files.HEADER):
+            raise Damage(f"meta: {wrong}")
+        metrics = value.get("metrics")
+        header = cls(value["step"], value["meta"], metrics, value["tables"], value["hashes"])
         if str(header.step) != folder.name:
             raise Damage(f"it is a copy of step {header.step}")
         return header

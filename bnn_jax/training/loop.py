@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax import run_files
 from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.schedules import Schedule
@@ -231,7 +232,8 @@ class StageLoop:
         meta, epochs = meta or {"evaluated": True, "epoch_seconds": 0.0}, self.stage.optim.epochs
         # Of an epoch that was stopped in its evaluation all steps are done, but it is not over.
         step = state.steps_done - (0 if meta["evaluated"] else 1)
-        metrics.cut_back(self.metrics_path, step)
+        shape = run_files.record(self.evaluator.splits, several=self.seeds.count > 1)
+        metrics.cut_back(self.metrics_path, step, epochs=step // self.steps_per_epoch, shape=shape)
         meter = EpochMeter(self._refuse_non_finite, meta["epoch_seconds"])
         with Progress(self.stage.name, total=epochs * self.steps_per_epoch, done=state.steps_done) as progress:
             for epoch in range(step // self.steps_per_epoch, epochs):

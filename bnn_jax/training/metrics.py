@@ -4,12 +4,13 @@ Of several processes the first one writes; the others may only read what was wri
 """
 
 import csv
+import itertools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from bnn_jax import files, hosts
+from bnn_jax import files, hosts, run_files
 from bnn_jax.errors import UserError
 
 
@@ -23,42 +24,68 @@ def append(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, *, epochs: int | None = None, shape: Any = None) -> list[dict[str, Any]]:
     """All complete records; a last line cut short by a crash is left out.
 
+    Args:
+      path: the file.
+      epochs: how many there must be; None: as many as there are.
+      shape: of a record, see ``run_files``; by default that of any stage.
+
     Raises:
-      UserError: a line in the middle is damaged.
+      UserError: a line is damaged, or an epoch is missing.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines()
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is None and number < len(lines):
-            raise UserError(f"{path}: line {number} is damaged; remove that line to go on")
-        if record is not None:
-            records.append(record)
+        try:
+            record = run_files.parse(line)
+            wrong = run_files.problem(record, shape or run_files.record())
+        except ValueError as error:
+            if number == len(lines):
+                break
+            wrong = str(error)
+        if wrong or record["epoch"] != number - 1:
+            wrong = wrong or f"epoch={record['epoch']}: accepted is {number - 1}"
+            raise UserError(f"{path}: line {number} is damaged: {wrong}; {_remedy(path)}")
+        records.append(record)
+    return records if epochs is None else _all_epochs(records, epochs, path)
+
+
+def _all_epochs(records: list[dict[str, Any]], epochs: int, path: Path) -> list[dict[str, Any]]:
+    """The records; raises a UserError unless they are those of so many epochs, with the same fields."""
+    if len(records) != epochs:
+        raise UserError(f"{path} has the records of {len(records)} epochs: accepted are {epochs}; {_remedy(path)}")
+    for first, second in itertools.pairwise(records):
+        if first.keys() != second.keys() or len(first.get("seeds", ())) != len(second.get("seeds", ())):
+            number = second["epoch"] + 1
+            raise UserError(f"{path}: line {number} is damaged: accepted are the fields of line 1; {_remedy(path)}")
     return records
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record a line holds, or None if it is damaged."""
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return record if isinstance(record, dict) and "step" in record else None
+def _remedy(path: Path) -> str:
+    return f"--stage={path.parent.name.partition('_')[2]} trains the stage again"
 
 
-def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops the records after ``step``, which are about to be made again, and returns the others."""
-    return hosts.from_first("cut back", lambda: _cut_back(path, step))
+def cut_back(path: Path, step: int, *, epochs: int | None = None, shape: Any = None) -> list[dict[str, Any]]:
+    """Drops the records after ``step``, which are about to be made again, and returns the others.
+
+    Args:
+      path: the file.
+      step: optimiser steps done.
+      epochs: how many records there must be up to this step; None: any number.
+      shape: of a record, see ``run_files``; by default that of any stage.
+
+    Raises:
+      UserError: a line is damaged, or an epoch is missing.
+    """
+    return hosts.from_first("cut back", lambda: _cut_back(path, step, epochs, shape))
 
 
-def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    records = read(path)
-    kept = [record for record in records if record["step"] <= step]
+def _cut_back(path: Path, step: int, epochs: int | None, shape: Any) -> list[dict[str, Any]]:
+    kept = [record for record in read(path, shape=shape) if record["step"] <= step]
+    if epochs is not None:
+        _all_epochs(kept, epochs, path)
     if path.exists():
         with files.replacing(path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)

@@ -118,16 +118,6 @@ def test_a_damaged_config_file_is_named(tmp_path, content):
 # ---- files
 
 
-def test_no_result_is_no_error(tmp_path):
-    assert run_folder.read_json(tmp_path / "result.json") is None
-
-
-def test_a_damaged_result_is_named(tmp_path):
-    (tmp_path / "result.json").write_text('{"top1": 1')
-    with pytest.raises(UserError, match=r"result\.json is damaged; move it away to make it anew"):
-        run_folder.read_json(tmp_path / "result.json")
-
-
 def test_what_is_in_the_way_is_moved_aside_with_the_first_free_number(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / "run").mkdir()
@@ -222,7 +212,9 @@ def test_a_process_that_sees_what_the_first_one_wrote_goes_on(started):
     run_folder.check_shared(started)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "is not there"), ({"other": 1}, "is another one")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "is not there"), ({"config": {}, "stages": []}, "is another one")]
+)
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch, content, message):
     if content is not None:
         run_folder.write_json(tmp_path / "config.json", content)
@@ -235,7 +227,8 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch, content, 
 
 
 def test_a_file_that_shows_late_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder.hosts, "from_first", lambda name, decide: {"written": "there"})
-    late = lambda seconds: run_folder.write_json(tmp_path / "config.json", {"written": "there"})  # noqa: E731
+    written = {"config": {"written": "there"}, "stages": []}
+    monkeypatch.setattr(run_folder.hosts, "from_first", lambda name, decide: written)
+    late = lambda seconds: run_folder.write_json(tmp_path / "config.json", written)  # noqa: E731
     monkeypatch.setattr(run_folder.time, "sleep", late)
     run_folder.check_shared(tmp_path)

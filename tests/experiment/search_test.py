@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from bnn_jax.errors import Interrupted
+from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.experiment import search
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.results import winners
 from bnn_jax.report import tables
-from bnn_jax.search.evolution import Settings
+from bnn_jax.search.evolution import Evolution, Settings
 from bnn_jax.search.folds import make_folds
 from bnn_jax.stages import DataSpec, OptimSpec, QuantSpec, Stage, spec
 from bnn_jax.training.interrupt import StopRequest
@@ -20,15 +20,25 @@ OPTIM = OptimSpec(spec("sgd"), spec("constant", value=0.1), epochs=1, batch_size
 STAGE = Stage("search", spec("x"), QuantSpec(), DataSpec("digits"), (), OPTIM)
 
 
+TRAINED = {
+    **{"stage": "tuned", "stage_fingerprint": "0", "bits": 2, "seconds": 1.0, "images_per_second": 1.0, "epochs": 1},
+    **{"best_top1": 1.0, "best_epoch": 0, "selection": "test", "quantized_weight_bits": 0, "stored_bits": 0},
+}
+
+
 def result(fold, **changes):
     """A fine-tuned winner's result."""
     row = {"fold": fold, "path": [fold, 1], "folds": 4, "fold_top1": 60.0 - fold, "full_top1": 50.0}
-    return {**row, "tuned_top1": 55.0 + fold, "last_top1": 54.0, **changes}
+    return {**TRAINED, **row, "tuned_top1": 55.0 + fold, "last_top1": 54.0, **changes}
 
 
 def folder_of(path, *results):
     """A run folder in which the stages of these results are finished; one more is not."""
-    stages = tuple(dataclasses.replace(STAGE, name=f"stage_{index}") for index in range(len(results) + 1))
+    choices = ["search:x#0" if "tuned_top1" in content else None for content in results]
+    stages = tuple(
+        dataclasses.replace(STAGE, name=f"stage_{index}", choice=choice)
+        for index, choice in enumerate([*choices, "search:x#0"])
+    )
     folder = RunFolder(path, stages)
     for name, content in zip(folder.names, results):
         folder.stage(name).mkdir()
@@ -43,7 +53,7 @@ def text_of(table):
 
 
 def test_winners_are_rows_with_mean_and_deviation_and_a_common_column(tmp_path):
-    found = winners(folder_of(tmp_path, {"stage": "supernet", "last_top1": 1.0}, *map(result, range(3))))
+    found = winners(folder_of(tmp_path, {**TRAINED, "last_top1": 1.0}, *map(result, range(3))))
     assert [row["fold"] for row in found["rows"]] == [0, 1, 2]
     assert found["statistics"]["tuned_top1"] == {"mean": 56.0, "deviation": 1.0, "lowest": 55.0, "highest": 57.0}
     assert found["correlation"] == pytest.approx(-1)
@@ -147,3 +157,37 @@ def test_the_history_of_a_fold_holds_the_best_path_of_every_generation(tmp_path)
         images = FOLDS.others(result["fold"])
         assert (best["path"], best["fold_top1"]) == (result["path"], result["fold_top1"])
         assert result["full_top1"] == accuracies([result["path"]], images)[0]
+
+
+# ---- a search under way whose file is damaged
+
+
+def state_file(folder, **changes):
+    """``state.json`` after one generation, with some fields of its evolution replaced."""
+    evolution = Evolution(SETTINGS, np.random.RandomState(0))
+    evolution.tell([float(index) for index in range(len(evolution.ask()))])
+    row = {"path": list(evolution.best), "fold_top1": 100.0, "full_top1": 50.0}
+    content = {"fold": 1, "evolution": {**evolution.state(), **changes}, "history": [row]}
+    path = folder / search.STATE
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"generation": 3}, "history has 1 rows: accepted are evolution.generation=3"),
+        ({"evaluated": []}, "evolution.evaluated=[]: accepted is one or more"),
+        ({"evaluated": [[[0], 1]]}, "evolution.evaluated[0][0]=[0]: accepted is a list of 5"),
+        ({"evaluated": [[[0, 1, 2, 3, 4], 1]]}, "evolution.evaluated[0][0][4]=4: accepted is a whole number from 0 to"),
+        ({"seen": [1]}, "evolution.seen[0]=1: accepted is a list of 5"),
+        ({"rng": ["PCG64"]}, "evolution.rng=['PCG64']: accepted is a list of 5"),
+    ],
+)
+def test_a_damaged_search_under_way_is_named(tmp_path, changes, words):
+    stage = search_stage_of(one_random_stream=False)
+    assert search._start(stage, SETTINGS, state_file(tmp_path), 1, None).evolution.generation == 1
+    path = state_file(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        search._start(stage, SETTINGS, path, 1, None)
+    assert f"{path} is damaged: {words}" in str(error.value)

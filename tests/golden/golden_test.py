@@ -19,7 +19,7 @@ BUILT = ("asbq", "basq", "skd_bnn", "snn", "weight_search")
 NOT_BUILT = ()
 
 # A value of a trajectory that lies on the edge between two levels falls to either side by the last bit of a sum, and so
-# by the processor; one step later much else has followed it. A trajectory that does not agree may then agree with images
+# by the processor; one step later much else has followed it. A trajectory that does not agree may agree with images
 # changed by their last bit; a real fault agrees with none.
 NUDGES = 4
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bnn_jax.data import memory
 from bnn_jax.training import metrics
 from tests.conftest import ROOT
 from tests.integration.launching import (
@@ -54,7 +55,24 @@ IMAGENET = f"--config={ROOT / 'configs' / 'asbq_resnet18.py'}"
         ((QUICKSTART, "--config.train.batch_size=1.5"), ["--config.train.batch_size=1.5", "accepted is int"]),
         ((QUICKSTART, "--config.train.nesterov=perhaps"), ["--config.train.nesterov=perhaps", "accepted is bool"]),
         ((QUICKSTART, "--config.asbq.kd_weight=half"), ["--config.asbq.kd_weight=half", "accepted is float"]),
-        ((QUICKSTART, "--config.train.batch_size=0"), ["config.train.batch_size=0", "greater than 0"]),
+        ((QUICKSTART, "--config.train.batch_size=0"), ["config.train.batch_size=0", "1 to 100,000,000"]),
+        # values that cannot be meant
+        ((QUICKSTART, "--workdir="), ["--workdir= is empty: accepted is a folder"]),
+        ((QUICKSTART, "--stage="), ["--stage= is empty: accepted is the name of a stage"]),
+        (
+            (QUICKSTART, "--mode=evaluate", "--checkpoint="),
+            ["--checkpoint= is empty: accepted is a file or folder"],
+        ),
+        ((QUICKSTART, "--config.data.data_dir="), ["config.data.data_dir=''", "not empty"]),
+        (
+            (QUICKSTART, "--config.train.batch_size=100000000000"),
+            ["config.train.batch_size=100000000000: accepted is int, 1 to 100,000,000"],
+        ),
+        (
+            (QUICKSTART, "--config.data.image_size=100000"),
+            ["config.data.image_size=100000", "24 images of 100000x100000x3 take 671 GiB: accepted are "],
+        ),
+        ((QUICKSTART, "--config.data.num_train=1000000000000"), ["num_train=1000000000000", " GiB: accepted are "]),
         # bit widths and combinations
         ((QUICKSTART, "--config.asbq.bits=(32,16)"), ["config.asbq.bits=(32, 16)", "falling sequence of 32, 8 to 1"]),
         ((QUICKSTART, "--config.asbq.bits=(1,32)"), ["config.asbq.bits=(1, 32)", "falling sequence of 32, 8 to 1"]),
@@ -85,7 +103,8 @@ IMAGENET = f"--config={ROOT / 'configs' / 'asbq_resnet18.py'}"
     ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, tuple) else "",
 )
 def test_a_mistake_is_one_line(arguments, words, tmp_path):
-    line = refused(launch_here(*arguments, f"--workdir={tmp_path / 'run'}"))
+    # Of an option that is given twice the last one counts.
+    line = refused(launch_here(*arguments[:1], f"--workdir={tmp_path / 'run'}", *arguments[1:]))
     for word in words:
         assert word in line
 
@@ -128,6 +147,8 @@ def test_a_mistake_is_one_line_for_a_user_too(tmp_path):
         ("x = 1", ["AttributeError", "get_config"]),
         ("def get_config(argument=''):\n    return {}", ["must return a ConfigDict, not dict"]),
         ("def get_config(argument=''):\n    raise RuntimeError('two\\nlines')", ["RuntimeError: two lines"]),
+        ("import sys\nsys.exit(3)", ["SystemExit: 3"]),
+        ("def get_config(argument=''):\n    exit()", ["SystemExit: None"]),
     ],
 )
 def test_a_config_file_with_a_mistake_is_named(tmp_path, content, words):
@@ -150,6 +171,21 @@ def test_after_a_mistake_about_the_data_the_folder_is_free_for_a_corrected_confi
     # The corrected run is stopped by another mistake: this is only about the folder.
     again = launch_here(*rungs(32), "--config.data.num_eval=100000", f"--workdir={tmp_path / 'run'}")
     assert "config.data.num_eval=100000" in refused(again)
+
+
+def test_images_of_which_no_batch_finds_room_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "memory_size", lambda: 16 * 32 * 32 * 3 * 2)
+    line = refused(launch_here(*rungs(32), "--config.train.batch_size=16", f"--workdir={tmp_path / 'run'}"))
+    assert "config.train.batch_size, config.data.image_size: 16 images of 32x32x3 take 0 GiB: accepted are 0" in line
+
+
+def test_memory_that_is_used_up_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("Unable to allocate 447. GiB for an array")
+
+    monkeypatch.setattr(memory, "_generate", full)
+    line = refused(launch_here(*rungs(32), f"--workdir={tmp_path / 'run'}"))
+    assert line == "error: not enough memory: Unable to allocate 447. GiB for an array"
 
 
 @pytest.mark.parametrize("inside", ["file", "file/run"])

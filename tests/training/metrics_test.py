@@ -1,5 +1,6 @@
 import csv
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -8,7 +9,15 @@ from bnn_jax.errors import UserError
 from bnn_jax.training import metrics
 from bnn_jax.training.epoch_sums import epoch_means
 
-RECORDS = [{"epoch": 0, "step": 3, "test_top1": 50.0}, {"epoch": 1, "step": 6, "test_top1": 60.0}]
+
+def record(epoch: int, **changes: Any) -> dict[str, Any]:
+    """The record of an epoch of three steps."""
+    test = {"test_top1": 50.0 + epoch, "test_top5": 90.0, "test_loss": 1.5}
+    times = {"seconds": 0.5, "images_per_second": 9.0}
+    return {"epoch": epoch, "step": 3 * epoch + 3, "train_loss": 2.0, **test, **times, **changes}
+
+
+RECORDS = [record(0), record(1)]
 
 
 @pytest.fixture
@@ -46,6 +55,44 @@ def test_a_damaged_line_in_the_middle_is_named(path, damaged):
         metrics.read(path)
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"[1]\n", b'{"epoch": 2}', b"null"])
+def test_a_last_line_of_another_shape_was_not_cut_short(path, line):
+    path.write_bytes(path.read_bytes() + line)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 3 is damaged: .* accepted is"):
+        metrics.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epoch": 7}, "epoch=7: accepted is 2"),
+        ({"test_top1": "abc"}, "test_top1='abc': accepted is a number from 0 to 100"),
+        ({"test_loss": float("nan")}, "test_loss=nan: accepted is a finite number"),
+        ({"seeds": [{"seed": 1}]}, r"seeds\[0\]\.test_top1 is missing"),
+    ],
+)
+def test_a_line_with_a_wrong_field_is_named(path, changes, words):
+    metrics.append(path, record(2, **changes))
+    with pytest.raises(UserError, match=f"line 3 is damaged: {words}"):
+        metrics.read(path)
+
+
+def test_missing_epochs_are_counted(path):
+    assert metrics.read(path, epochs=2) == RECORDS
+    with pytest.raises(UserError, match=r"the records of 2 epochs: accepted are 3; --stage="):
+        metrics.read(path, epochs=3)
+    with pytest.raises(UserError, match=r"the records of 1 epochs: accepted are 2"):
+        metrics.cut_back(path, 5, epochs=2)
+    assert metrics.read(path) == RECORDS
+
+
+def test_all_epochs_have_the_fields_of_the_first(path):
+    metrics.append(path, record(2, validation_top1=1.0))
+    assert len(metrics.read(path)) == 3
+    with pytest.raises(UserError, match="line 3 is damaged: accepted are the fields of line 1"):
+        metrics.read(path, epochs=3)
+
+
 @pytest.mark.parametrize(("step", "kept"), [(0, 0), (2, 0), (3, 1), (5, 1), (6, 2), (100, 2)])
 def test_cutting_back_drops_the_records_after_a_step(path, step, kept):
     assert metrics.cut_back(path, step) == RECORDS[:kept]
@@ -55,8 +102,8 @@ def test_cutting_back_drops_the_records_after_a_step(path, step, kept):
 def test_after_cutting_back_a_torn_line_the_next_record_stands_alone(path):
     path.write_text(path.read_text() + '{"epoch": 2')
     metrics.cut_back(path, 6)
-    metrics.append(path, {"epoch": 2, "step": 9})
-    assert metrics.read(path) == [*RECORDS, {"epoch": 2, "step": 9}]
+    metrics.append(path, record(2))
+    assert metrics.read(path) == [*RECORDS, record(2)]
 
 
 def test_the_table_has_a_row_for_each_record_and_a_column_for_each_key(tmp_path):
@@ -81,5 +128,5 @@ def test_means_of_an_epoch_come_from_its_sums():
 
 def test_of_several_processes_only_the_first_writes(path, monkeypatch):
     monkeypatch.setattr(metrics.hosts, "is_first", lambda: False)
-    metrics.append(path, {"epoch": 2, "step": 9})
+    metrics.append(path, record(2))
     assert metrics.read(path) == RECORDS
