@@ -23,9 +23,9 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
                          (default train)
   --stage=NAME           train: train this stage and all after it again; moves old results aside
                          evaluate, export, predict: which stage, NAME or NAME@best; summary: which stage
-  --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a checkpoint folder
-                         evaluate, predict, summary: an exported file (.bnn); the last two then need no --config
-  --output=FILE          export: the file to write (default: in the stage's folder, or beside the checkpoint)
+  --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a folder
+                         evaluate, predict, summary: an exported file (.bnn), without --config
+  --output=FILE          export: file to write (default: in the stage's folder or beside the checkpoint)
   --format=FORMAT        export: bnn (default), or with float weights stablehlo, onnx
   --fresh                train: move an existing run folder aside and start anew
   --json                 one JSON object as the last line

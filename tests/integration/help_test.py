@@ -49,7 +49,7 @@ def test_the_help_on_configs_lists_every_key_with_default_meaning_and_accepted_v
     assert max(map(len, lines)) <= 100
     place = lines.index("  config.train.batch_size = 128")
     assert lines[place + 1].strip() == "images per optimiser step, over all devices"
-    assert lines[place + 2].strip() == "accepted: int, greater than 0"
+    assert lines[place + 2].strip() == "accepted: int, 1 to 100,000,000"
     place = lines.index("  config.asbq.w1 = None")
     assert lines[place + 2].strip() == "accepted: one of 'sign', 'levels'; or None"
     listed = {line.split()[0].removeprefix("config.") for line in lines if line.startswith("  config.")}
