@@ -22,10 +22,10 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
                          predict    classes of pictures, given behind the options
                          (default train)
   --stage=NAME           train: train this stage and all after it again; moves old results aside
-                         evaluate, export, predict: which stage, NAME or NAME@best; summary: which stage
+                         summary: which stage; evaluate, export, predict: NAME or NAME@best
   --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a folder
                          evaluate, predict, summary: an exported file (.bnn), without --config
-  --output=FILE          export: file to write (default: in the stage's folder or beside the checkpoint)
+  --output=FILE          export: file to write (default: in the stage folder, or beside PATH)
   --format=FORMAT        export: bnn (default), or with float weights stablehlo, onnx
   --fresh                train: move an existing run folder aside and start anew
   --json                 one JSON object as the last line
