@@ -18,15 +18,14 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
                          evaluate   accuracy on the test images
                          summary    parameters, bits and operations per layer
                          report     table and pictures of the finished stages
-                         export     the network of a stage as a small file that classifies by itself
+                         export     the network of a stage as a small file that classifies
                          predict    classes of pictures, given behind the options
                          (default train)
   --stage=NAME           train: train this stage and all after it again; moves old results aside
-                         evaluate, export, predict: which stage, NAME or NAME@best; summary: which stage
-  --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a checkpoint folder
-                         evaluate, predict, summary: an exported file (.bnn); the last two then need no --config
-  --output=FILE          export: the file to write (default: in the stage's folder, or beside the checkpoint)
-  --format=FORMAT        export: bnn (default), or with float weights stablehlo, onnx
+                         others: which stage, NAME; evaluate, export, predict: or NAME@best
+  --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a
+                         checkpoint folder; evaluate, predict, summary: an exported file (.bnn)
+  --output=FILE          export: the file to write; --format=FORMAT  bnn, stablehlo, onnx
   --fresh                train: move an existing run folder aside and start anew
   --json                 one JSON object as the last line
   --help                 this text
