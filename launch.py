@@ -18,7 +18,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
                          evaluate   accuracy on the test images
                          summary    parameters, bits and operations per layer
                          report     table and pictures of the finished stages
-                         export     the network of a stage as a small file that classifies by itself
+                         export     the network of a stage as a small file that classifies
                          predict    classes of pictures, given behind the options
                          (default train)
   --stage=NAME           train: train this stage and all after it again; moves old results aside

@@ -241,7 +241,7 @@ def measure_layer(channels: int, side: int, batch: int, options: argparse.Namesp
     shape = (3, 3, channels, channels)
     scale = np.ones(channels, np.float32)
     layers: dict[str, Weights] = {
-        "binary": LevelWeights(random.integers(0, 2, shape).astype(np.uint16), np.float32([-1, 1]), scale, 1)
+        "binary": LevelWeights(random.integers(0, 2, shape).astype(np.uint16), np.array([-1, 1], np.float32), scale, 1)
     }
     for tau in (4, 5, 6):
         levels = np.where(random.random((2**tau, 9)) < 0.5, -1, 1).astype(np.float32)

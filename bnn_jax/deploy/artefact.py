@@ -188,8 +188,9 @@ def _parse(description: Any, arrays: Mapping[str, Array], facts: Mapping[str, An
     if constants.dtype != np.float32 or constants.ndim != 1:
         raise ValueError("section constants: accepted are float32 numbers")
     layers = {name: _read_layer(name, layer, arrays, constants) for name, layer in description["layers"].items()}
+    height, width, channels = _sizes(description["image_shape"], 3)
     nodes = tuple(_read_node(node, constants) for node in description["nodes"])
-    program = Program(image_shape=_sizes(description["image_shape"], 3), nodes=nodes)
+    program = Program(image_shape=(height, width, channels), nodes=nodes)
     shapes = program.shapes({name: layer.shape for name, layer in layers.items()})
     if not nodes or len(shapes[-1]) != 1:
         raise ValueError("its last operation gives no logits")
@@ -219,7 +220,7 @@ def _sizes(values: Any, count: int | None = None, least: int = 1) -> tuple[int, 
     return tuple(values)
 
 
-def _floats(value: Any, constants: Array) -> Array:
+def _floats(value: Any, constants: Array) -> Any:
     if isinstance(value, dict):
         (at, size) = _sizes([value["at"], value["size"]], least=0)
         if at + size > len(constants):

@@ -26,7 +26,7 @@ def to_stablehlo(program: Program, weights: Mapping[str, Weights]) -> bytes:
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *program.image_shape), jnp.float32)
     exported = jax.export.export(jax.jit(function(program, weights)), platforms=("cpu", "cuda", "tpu"))
-    return exported(images).serialize()
+    return bytes(exported(images).serialize())
 
 
 def to_onnx(program: Program, weights: Mapping[str, Weights]) -> bytes:

@@ -33,6 +33,7 @@ class Plan:
         self._keep: list[Any] = []
         self._buffers: dict[tuple[int, str], Buffer] = {}
         self._free: dict[Layout, list[Buffer]] = {}
+        # Operations of the kernels, or one that numpy does.
         self._segments: list[tuple[str, Any]] = []
         self._names: list[str] = []
         self._build()
@@ -60,7 +61,10 @@ class Plan:
             parts = [segment] if name == "host" else [(COperation * 1)(each) for each in segment]
             for part in parts:
                 started = time.perf_counter()
-                part() if name == "host" else self._kernels.run(part, threads)
+                if name == "host":
+                    part()  # type: ignore[operator]
+                else:
+                    self._kernels.run(part, threads)
                 found.append((next(names), time.perf_counter() - started))
         return found
 
