@@ -46,7 +46,7 @@ def _number(accepted: str, low: float, high: float) -> Value:
     return Value(accepted, lambda value: type(value) in (int, float) and low <= value <= high)
 
 
-COUNT = whole()
+COUNT, _WORD = whole(), whole(0, 2**32 - 1)
 NUMBER = _number("a finite number", -1e300, 1e300)
 PERCENT = _number("a number from 0 to 100", 0, 100)
 NAME = Value(
@@ -54,11 +54,12 @@ NAME = Value(
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]{1,100}", value) is not None,
 )
 OBJECT = Value("an object", lambda value: isinstance(value, dict))
-RNG = (
-    Value("'MT19937'", lambda value: value == "MT19937"),
-    (whole(0, 2**32 - 1),) * 624,
-    *(whole(0, 624), whole(0, 1), NUMBER),
+WORDS = Value(
+    "a list of 624 whole numbers below 2**32, not all of them 0",
+    # Of nothing but zeros the generator makes zeros for ever.
+    lambda value: isinstance(value, list) and len(value) == 624 and all(map(_WORD.test, value)) and any(value[1:]),
 )
+RNG = (Value("'MT19937'", lambda value: value == "MT19937"), WORDS, whole(0, 624), whole(0, 1), NUMBER)
 
 CONFIG = {"config": OBJECT, "stages": [OBJECT]}
 FINISHED = {"stage": NAME, "stage_fingerprint": NAME, "bits": NUMBER, "seconds": NUMBER}
@@ -156,18 +157,22 @@ def problem(value: Any, shape: Any, field: str = "") -> str:
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return _refusal(field, value, shape)
-        names = {name: name.removesuffix("?") for name in shape}
-        present = {name: plain for name, plain in names.items() if name == plain or value.get(plain) is not None}
-        missing = next((plain for plain in present.values() if plain not in value), None)
-        if missing is not None:
-            return f"{f'{field}.{missing}'.lstrip('.')} is missing: accepted is {_describe(shape[missing])}"
-        parts = [(value[plain], shape[name], f"{field}.{plain}".lstrip(".")) for name, plain in present.items()]
+        found = (_problem_of(value, name, part, field) for name, part in shape.items())
     else:
         if not isinstance(value, list) or (isinstance(shape, tuple) and len(value) != len(shape)):
             return _refusal(field, value, shape)
-        shapes = shape if isinstance(shape, tuple) else shape * len(value)
-        parts = [(item, part, f"{field}[{index}]") for index, (item, part) in enumerate(zip(value, shapes))]
-    return next(filter(None, (problem(*part) for part in parts)), "")
+        items = zip(value, shape if isinstance(shape, tuple) else shape * len(value))
+        found = (problem(item, part, f"{field}[{index}]") for index, (item, part) in enumerate(items))
+    return next(filter(None, found), "")
+
+
+def _problem_of(value: dict[str, Any], name: str, shape: Any, field: str) -> str:
+    """What is wrong with one field of an object."""
+    plain = name.removesuffix("?")
+    here = f"{field}.{plain}".lstrip(".")
+    if plain in value and not (name != plain and value[plain] is None):
+        return problem(value[plain], shape, here)
+    return f"{here} is missing: accepted is {_describe(shape)}" if name == plain else ""
 
 
 def _refusal(field: str, value: Any, shape: Any) -> str:

@@ -90,8 +90,11 @@ def test_the_search_under_way_fits_its_shape_and_no_other():
     assert "accepted is a whole number from 0 to 0" in run_files.problem(
         state, run_files.search_state(run_files.vector(3, 1))
     )
-    state["evolution"]["rng"][1][5] = -1
-    assert "evolution.rng[1][5]=-1" in run_files.problem(state, run_files.search_state(run_files.vector(3, 4)))
+    # A generator of these words never draws anything but 0.
+    for words in ([0] * 624, [-1] * 624, [1] * 623, [1.0] * 624):
+        state["evolution"]["rng"][1] = words
+        found = run_files.problem(state, run_files.search_state(run_files.vector(3, 4)))
+        assert found.startswith("evolution.rng[1]=[") and found.endswith("below 2**32, not all of them 0")
 
 
 def test_a_fold_has_its_own_number():

@@ -1,4 +1,4 @@
-"""Files of a run folder that are damaged or missing: one line beginning with 'error:', status 2, nothing changed.
+"""Files of a run folder that are damaged or missing: one line that begins with 'error:', exit status 2, no change.
 
 Most cases run in this process, since most of the time of one of its own is importing jax.
 """

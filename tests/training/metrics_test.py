@@ -72,7 +72,7 @@ def test_a_last_line_of_another_shape_was_not_cut_short(path, line):
     ],
 )
 def test_a_line_with_a_wrong_field_is_named(path, changes, words):
-    metrics.append(path, record(2, **changes))
+    metrics.append(path, {**record(2), **changes})
     with pytest.raises(UserError, match=f"line 3 is damaged: {words}"):
         metrics.read(path)
 
