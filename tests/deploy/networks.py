@@ -97,7 +97,7 @@ def small(name: str) -> tuple[Any, tuple[int, int, int]]:
     options = {"stage_sizes": (1, 2), "widths": (8, 16)}
     if name.startswith("basq"):
         options["branches"] = 2
-    return build(name, **options), (33, 33, 3) if is_large else (9, 9, 3)
+    return build(name, **options), (32, 32, 3) if is_large else (8, 8, 3)
 
 
 def build(name: str, **options: Any) -> Any:
