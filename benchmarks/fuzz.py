@@ -99,7 +99,7 @@ def use_state(content: dict[str, Any]) -> None:
         evolution.ask()
 
 
-def read_json(shape: Any, use: Callable[[Any], None]) -> Callable[[Path], None]:
+def read_json(shape: Any, use: Callable[[Any], object]) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         if (content := run_files.read(path, shape)) is not None:
             use(content)
