@@ -38,6 +38,7 @@ CORE = [
     "scikit-learn>=1.6",  # its digits are the data set that is always at hand
     "numpy>=2.0",
     "safetensors>=0.5",  # the container of exported networks
+    "flatbuffers>=24",  # what jax.export writes (--mode=export --format=stablehlo)
 ]
 
 # Loaded with ctypes, so it needs no headers of Python. Without a compiler the rest is installed all the same; inference

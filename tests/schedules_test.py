@@ -16,6 +16,7 @@ EXAMPLES = {
     "linear_by_epoch": {"initial": 0.1},
     "every": {"interval": 4, "start": 1},
     "decay_by_epoch": {"initial": 1.0, "rate": 0.5, "interval": 2, "floor": 0.3},
+    "exponential_by_epoch": {"initial": 0.85, "final": 0.99},
     "error_decay_t": {},
     "error_decay_k": {},
 }

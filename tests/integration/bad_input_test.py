@@ -166,15 +166,16 @@ def test_a_data_set_that_is_not_prepared_is_named_with_the_command_that_prepares
 
 
 def test_after_a_mistake_about_the_data_the_folder_is_free_for_a_corrected_config(tmp_path):
-    wrong = launch_here(*rungs(32), "--config.data.num_train=1000000000000", f"--workdir={tmp_path / 'run'}")
-    assert "num_train=1000000000000" in refused(wrong)
+    digits = (DIGITS, "--config.asbq.bits=(32,)", "--config.asbq.learning_rates=(0.1,)")
+    wrong = launch_here(*digits, "--config.data.num_train=100000", f"--workdir={tmp_path / 'run'}")
+    assert "config.data.num_train" in refused(wrong)
     # The corrected run is stopped by another mistake: this is only about the folder.
-    again = launch_here(*rungs(32), "--config.data.num_eval=1000000000000", f"--workdir={tmp_path / 'run'}")
-    assert "num_eval=1000000000000" in refused(again)
+    again = launch_here(*digits, "--config.data.num_eval=100000", f"--workdir={tmp_path / 'run'}")
+    assert "config.data.num_eval=100000" in refused(again)
 
 
 def test_images_of_which_no_batch_finds_room_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "memory_size", lambda: 24 * 16 * 16 * 3)
+    monkeypatch.setattr(memory, "memory_size", lambda: 16 * 16 * 16 * 3 * 2)
     line = refused(launch_here(*rungs(32), "--config.train.batch_size=16", f"--workdir={tmp_path / 'run'}"))
     assert "config.train.batch_size, config.data.image_size: 16 images of 16x16x3 take 0 GiB: accepted are 0" in line
 

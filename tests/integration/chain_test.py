@@ -205,7 +205,7 @@ def test_a_stage_that_is_trained_again_moves_its_old_results_aside(two_rungs, co
 def no_training(monkeypatch) -> str:
     """Every stage fails at once; the error line this gives."""
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise UserError("as far as this test goes")
 
     monkeypatch.setattr(train, "_run_stage", fails)

@@ -53,7 +53,7 @@ def test_of_two_overrides_of_a_key_the_last_counts():
         ("--checkpoint=x.pth",),
         ("--fresh", "--mode=evaluate"),
         ("--stage=w8a8", "--mode=report"),
-        ("--checkpoint=x.pth", "--mode=summary"),
+        ("--output=x.bnn", "--mode=summary"),
     ],
 )
 def test_an_option_the_mode_would_ignore_is_refused(options):
