@@ -1,9 +1,11 @@
 """Set-up of every test: JAX on the CPU, a persistent compilation cache, and the folder of the golden files."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 from collections.abc import Generator
 
@@ -67,6 +69,22 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         sys.modules["jax"].clear_caches()
         count = 0
     item.config.stash[TESTS_RUN] = count
+
+
+@contextlib.contextmanager
+def mounted_disk(folder: pathlib.Path, megabytes: int) -> Generator[pathlib.Path, None, None]:
+    """A file system of a few megabytes in ``folder``; the test is skipped where none can be mounted."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

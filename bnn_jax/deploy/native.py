@@ -124,7 +124,7 @@ class Kernels:
             raise MemoryError("inference: no memory for the rows of the threads")
 
 
-def library_path() -> Path | None:
+def kernel_library() -> Path | None:
     """The compiled library beside this file, or None where the package was installed without a compiler."""
     found = sorted(Path(__file__).parent.glob("_kernels*.so"))
     return found[0] if found else None
@@ -150,7 +150,7 @@ def _library(path: str) -> ctypes.CDLL:
 
 def instruction_sets(path: Path | None = None) -> tuple[Kernels, ...]:
     """The instruction sets this machine can run, best first; none where there is no library."""
-    path = library_path() if path is None else path
+    path = kernel_library() if path is None else path
     if path is None:
         return ()
     library, found = _library(str(path)), []

@@ -291,7 +291,7 @@ def test_the_largest_sums_are_exact(kernels: native.Kernels) -> None:
 
 
 def test_the_structures_have_the_sizes_the_library_says() -> None:
-    library = ctypes.CDLL(str(native.library_path()))
+    library = ctypes.CDLL(str(native.kernel_library()))
     assert [library.bnn_size(i) for i in range(3)] == [
         ctypes.sizeof(each) for each in (native.COperation, native.CStep, native.CInstructionSet)
     ]
@@ -309,12 +309,12 @@ def test_a_set_that_the_machine_does_not_have_is_refused(monkeypatch: pytest.Mon
 
 
 def test_without_a_library_one_line_says_that_numpy_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "library_path", lambda: None)
+    monkeypatch.setattr(native, "kernel_library", lambda: None)
     with pytest.warns(UserWarning, match="were not compiled at installation; numpy is used, which is slow"):
         assert native.choose() is None
     wrong = tmp_path / "_kernels.so"
     wrong.write_bytes(b"no library")
-    monkeypatch.setattr(native, "library_path", lambda: wrong)
+    monkeypatch.setattr(native, "kernel_library", lambda: wrong)
     with pytest.warns(UserWarning, match="compiled kernels: .*numpy is used"):
         assert native.choose() is None
     with warnings.catch_warnings():

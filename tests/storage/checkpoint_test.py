@@ -30,7 +30,7 @@ from bnn_jax.storage import checkpoint, orbax_files
 from bnn_jax.storage.checkpoint import CheckpointStore, describe
 from bnn_jax.storage.content_hash import Header
 from bnn_jax.training.state import TrainState
-from tests.conftest import ROOT
+from tests.conftest import ROOT, mounted_disk
 
 
 def tiny_state(step: int, *, size: int = 4) -> TrainState:
@@ -608,18 +608,8 @@ def test_kill_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path: pathlib
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system of 1 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path / "disk", 1) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_survives(
