@@ -311,10 +311,10 @@ class Group:
         except Exception as error:
             if "ALREADY_EXISTS" in str(error):
                 # Another one was faster, and tells.
-                _leave_with_others(status)
+                self._leave_with_others(status)
         origin = "" if is_first() else f"process {index()}: "
         print(f"{label}{origin}{message}", file=sys.stderr, flush=True)
-        _leave_with_others(status)
+        self._leave_with_others(status)
 
     def end_if_lost(self, error: BaseException) -> None:
         """Ends this process if an error came about because another one is gone: there is nothing to wait for then.
@@ -344,9 +344,17 @@ class Group:
                 # There is none; or the service is gone, which ends the process in its own way.
                 continue
             if not self._ended.is_set():
-                _leave_with_others(status)
+                self._leave_with_others(status)
 
-    def _at_abort(self, ending: Callable[[], tuple[int, str]] | None) -> None:
+    def _leave_with_others(self, status: int) -> NoReturn:
+        """Ends the process when all know why: the service ends with the first one."""
+        # The first one may be gone before this one has left the barrier: that is no lost contact.
+        self._at_abort(lambda: (status, None))
+        with contextlib.suppress(Exception):
+            _service().client.wait_at_barrier("bnn_jax/failed", int(ACKNOWLEDGE_SECONDS * 1000))
+        leave(status)
+
+    def _at_abort(self, ending: Callable[[], tuple[int, str | None]] | None) -> None:
         """Makes an abort of the process end it with a status and a line; None: as usual.
 
         jaxlib ends a process by ``abort`` when its service finds another one dead or cannot be reached, in a thread of
@@ -369,13 +377,6 @@ def is_lost_contact(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _leave_with_others(status: int) -> NoReturn:
-    """Ends the process when all know why: the service ends with the first one."""
-    with contextlib.suppress(Exception):
-        _service().client.wait_at_barrier("bnn_jax/failed", int(ACKNOWLEDGE_SECONDS * 1000))
-    leave(status)
 
 
 def leave(status: int, message: str | None = None) -> NoReturn:

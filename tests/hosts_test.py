@@ -141,7 +141,7 @@ def test_two_processes_decide_and_end_together():
 
 def test_of_two_processes_that_fail_together_one_tells():
     first, second = run("fail", "fail")
-    assert (first.code, second.code) == (2, 2)
+    assert (first.code, second.code) == (2, 2), first.stderr + second.stderr
     # The first one, unless it is so late that the other one did not wait for it.
     lines = [*told(first)[0], *told(second)[0]]
     assert lines in (["error: nothing works 2"], ["error: process 1: nothing works 2"])

@@ -132,6 +132,9 @@ class _PatientLoop(asyncio.SelectorEventLoop):
             self.run_until_complete(asyncio.wait(tasks, timeout=WAIT_SECONDS))
         super().close()
 
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Prints nothing: of several arrays that fail, Orbax raises the first error and forgets the others."""
+
 
 class _PatientLoops(asyncio.DefaultEventLoopPolicy):
     """Makes loops that are patient; all else is the default."""

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT, mounted_disk
 from tests.integration.launching import STAGES, TWO_RUNGS
 
-TIMES = 20
+TIMES = 8
 # Each run is a process that ends as a program does; forked, so that the imports are paid for once.
 PROGRAM = """
 import os, pathlib, sys, warnings
@@ -38,7 +38,7 @@ else:
 
 
 def errors_of(folder: Path, body: str) -> list[str]:
-    """What 20 processes that run ``body`` print to stderr; each must end with status 2 and one line of error."""
+    """What several processes that run ``body`` print to stderr; each must end with status 2 and one line of error."""
     outputs = folder / "outputs"
     outputs.mkdir()
     program = PROGRAM.format(root=str(ROOT), times=TIMES, folder=str(outputs)) + textwrap.dedent(body)
