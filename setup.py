@@ -1,5 +1,6 @@
 """The package and what it needs; `pip install -e '.[test,report]'` for work on it."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -52,6 +53,26 @@ KERNELS = Extension(
     optional=True,
 )
 
+
+
+def training_kernels() -> list[Extension]:
+    """The convolutions of training, where jaxlib's headers of XLA's foreign function interface are at hand."""
+    found = importlib.util.find_spec("jaxlib")
+    if found is None or not found.submodule_search_locations:
+        return []
+    return [
+        Extension(
+            "bnn_jax.ops._convolution",
+            sources=["bnn_jax/ops/kernels/convolution.c"],
+            depends=["bnn_jax/ops/kernels/convolution.inc"],
+            include_dirs=[f"{found.submodule_search_locations[0]}/include"],
+            extra_compile_args=["-std=gnu11", "-O3", "-pthread"],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
+
+
 setup(
     name="bnn_jax",
     version=read_version(),
@@ -61,8 +82,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["bnn_jax", "bnn_jax.*"]),
-    package_data={"bnn_jax.deploy": ["kernels/*"]},
-    ext_modules=[KERNELS],
+    package_data={"bnn_jax.deploy": ["kernels/*"], "bnn_jax.ops": ["kernels/*"]},
+    ext_modules=[KERNELS, *training_kernels()],
     install_requires=CORE,
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],

@@ -31,6 +31,11 @@ class Experiment:
     config: Mapping[str, Any]
     stages: tuple[Stage, ...]
 
+    @property
+    def cpu_kernels(self) -> str:
+        """What convolves on a CPU, ``config.train.cpu_kernels``."""
+        return self.config["train"]["cpu_kernels"]
+
     def find(self, name: str) -> Stage:
         """The stage of that name.
 
@@ -92,7 +97,7 @@ def seeds_of(experiment: Experiment, stage: Stage) -> Seeds:
     )
 
 
-def build_network(stage: Stage, num_classes: int, *, trained: bool = False) -> Any:
+def build_network(stage: Stage, num_classes: int, *, trained: bool = False, cpu_kernels: str = "auto") -> Any:
     """The stage's network, a Linen module.
 
     Args:
@@ -100,14 +105,15 @@ def build_network(stage: Stage, num_classes: int, *, trained: bool = False) -> A
       num_classes: outputs.
       trained: whether it is the one that training steps differentiate, which ``stage.remat`` is about. The others can
         be looked into: what is computed a second time hides its values.
+      cpu_kernels: ``Experiment.cpu_kernels``.
 
     Raises:
       UserError: there is no such network, or an option does not fit.
     """
     remat = trained and stage.remat
-    dtype = stage.compute_dtype
+    execution = {"compute_dtype": stage.compute_dtype, "remat": remat, "cpu_kernels": cpu_kernels}
     try:
-        return networks.build(stage.network, stage.quant, num_classes=num_classes, compute_dtype=dtype, remat=remat)
+        return networks.build(stage.network, stage.quant, num_classes=num_classes, **execution)
     except ValueError as error:
         raise UserError(f"stage {stage.name}: {error}") from None
 
@@ -119,7 +125,7 @@ def described_network(experiment: Experiment, stage: Stage) -> tuple[Any, dict[s
       UserError: it cannot be built, or not for images of this size.
     """
     image_shape, num_classes = experiment.describe(stage)
-    network = build_network(stage, num_classes)
+    network = build_network(stage, num_classes, cpu_kernels=experiment.cpu_kernels)
     try:
         return network, start.variable_shapes(network, image_shape)
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -165,13 +171,14 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
       UserError: something cannot be built.
     """
     check_knobs(stage)
-    network = build_network(stage, source.num_classes)
+    build = functools.partial(build_network, num_classes=source.num_classes, cpu_kernels=experiment.cpu_kernels)
+    network = build(stage)
     shapes = start.variable_shapes(network, source.image_shape)
     timing = {"steps_per_epoch": steps_per_epoch(stage, len(source.train)), "epochs": stage.optim.epochs}
     schedule = schedules.build(stage.optim.learning_rate, **timing)
     terms = build_objectives(stage)
     parts = StepParts(
-        network=build_network(stage, source.num_classes, trained=True),
+        network=build(stage, trained=True),
         objectives=terms,
         optimizer=make_optimizer(
             stage.optim,
@@ -189,7 +196,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
             lighting=stage.data.lighting,
         ),
         knobs={name: schedules.build(knob, **timing) for name, knob in stage.knobs},
-        teacher=build_network(experiment.teacher_stage(stage), source.num_classes) if needs_teacher(terms) else None,
+        teacher=build(experiment.teacher_stage(stage)) if needs_teacher(terms) else None,
         log_gradient_norms=stage.log_gradient_norms,
         projections=tuple(projections.build(projection) for projection in stage.projections),
         choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,

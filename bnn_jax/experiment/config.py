@@ -93,6 +93,12 @@ TRAIN: Section = {
         1, "parts of a batch passed through the network in turn, where it does not fit", POSITIVE
     ),
     "remat": Key(False, "whether blocks are computed again in the backward pass, to need less memory"),
+    "cpu_kernels": Key(
+        "auto",
+        "'auto': on one CPU, convolutions by the compiled kernels where there are any; 'xla': by XLA everywhere",
+        ("auto", "xla"),
+        may_change=True,
+    ),
     "steps_per_dispatch": Key(
         0,
         "optimiser steps per call of the compiled program; 0: chosen by the device",

@@ -54,7 +54,9 @@ class SavedVariables:
         self, reference: str, *, source: ImageSource, default: Stage, seeds: Seeds
     ) -> tuple[Any, dict[str, Any]]:
         """Network and variables a reference points to; a file holds variables of ``default``'s network."""
-        network = build_network(self._experiment.stage_behind(reference, default), source.num_classes)
+        experiment = self._experiment
+        behind = experiment.stage_behind(reference, default)
+        network = build_network(behind, source.num_classes, cpu_kernels=experiment.cpu_kernels)
         return network, self.load(reference, start.variable_shapes(network, source.image_shape), seeds)
 
     def inherited_by(self, setup: Setup) -> start.Inherited | None:

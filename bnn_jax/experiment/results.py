@@ -11,6 +11,7 @@ from bnn_jax.data.memory import ImageSource
 from bnn_jax.experiment.build import Experiment, described_network, seeds_of
 from bnn_jax.experiment.folder import METRICS_TABLE, RunFolder, provenance, weights_file
 from bnn_jax.experiment.load import SavedVariables
+from bnn_jax.ops import convolution
 from bnn_jax.report.costs import complexity, levels_in_use
 from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint, parse_choice
@@ -96,6 +97,7 @@ def described_run(experiment: Experiment, stage: Stage, source: ImageSource) -> 
         "data_fingerprint": source.fingerprint,
         "stage_fingerprint": fingerprint(stage, experiment.stages),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "cpu_kernels": convolution.choice(experiment.cpu_kernels),
         **provenance(),
     }
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bnn_jax.ops import convolution as own
 from bnn_jax.ops.depthwise import depthwise_convolution
 from bnn_jax.quantizers.base import ActQuantizer, QuantContext, WeightQuantizer
 
@@ -50,6 +51,7 @@ class QuantConv(nn.Module):
       act_quantizer: factory of the activation quantizer of the input.
       kernel_init: initialiser of the kernel (kh, kw, I/groups, O).
       compute_dtype: 'float32' or 'bfloat16'.
+      cpu_kernels: 'auto': kernels of our own where they can be used, see ``ops.convolution``; 'xla': XLA's.
     """
 
     features: int
@@ -62,12 +64,13 @@ class QuantConv(nn.Module):
     act_quantizer: Callable[..., ActQuantizer] = ActQuantizer
     kernel_init: Callable[..., jax.Array] = fan_in_uniform
     compute_dtype: str = "float32"
+    cpu_kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         """(N, H, W, I) -> (N, H', W', O), float32."""
         shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
-        convolve = _Convolution(self.strides, self.padding, self.groups)
+        convolve = _Convolution(self.strides, self.padding, self.groups, self.cpu_kernels)
 
         def multiply(x: jax.Array, kernel: jax.Array, scales: tuple | None) -> jax.Array:
             return convolve(x, kernel) if scales is None else convolve_codes(convolve, x, kernel, *scales)
@@ -167,13 +170,13 @@ def _add_bias(layer: Any, y: jax.Array, fan_in: int) -> jax.Array:
 
 
 class _Convolution:
-    """Convolution with fixed strides, padding and groups: a hashable function of two operands."""
+    """Convolution with fixed strides, padding, groups and kernels: a hashable function of two operands."""
 
-    def __init__(self, strides: tuple[int, int], padding: Padding, groups: int):
-        self.strides, self.padding, self.groups = strides, padding, groups
+    def __init__(self, strides: tuple[int, int], padding: Padding, groups: int, cpu_kernels: str):
+        self.strides, self.padding, self.groups, self.cpu_kernels = strides, padding, groups, cpu_kernels
 
     def _key(self):
-        return (self.strides, self.padding, self.groups)
+        return (self.strides, self.padding, self.groups, self.cpu_kernels)
 
     def __hash__(self):
         return hash(self._key())
@@ -186,6 +189,8 @@ class _Convolution:
         if is_depthwise and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
             # XLA's grouped convolution is many times slower there; elsewhere it is left to the library.
             return depthwise_convolution(x, kernel, self.strides, self.padding)
+        if own.is_supported(x, kernel, self.padding, self.groups) and own.choice(self.cpu_kernels) != "xla":
+            return own.convolution(x, kernel, self.strides, self.padding)
         return jax.lax.conv_general_dilated(
             x,
             kernel,

@@ -91,7 +91,13 @@ KERNEL_INITS: dict[str, Callable[..., Any]] = {
 
 
 def build(
-    spec: Spec, quant: QuantSpec, *, num_classes: int, compute_dtype: str = "float32", remat: bool = False
+    spec: Spec,
+    quant: QuantSpec,
+    *,
+    num_classes: int,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+    cpu_kernels: str = "auto",
 ) -> Any:
     """Builds the network a ``Spec`` names.
 
@@ -103,6 +109,7 @@ def build(
       num_classes: outputs K.
       compute_dtype: 'float32' or 'bfloat16'.
       remat: whether the backward pass computes the inside of every block a second time instead of keeping it.
+      cpu_kernels: 'auto' or 'xla', see ``QuantConv``.
 
     Returns:
       A Linen module: (images (N, H, W, 3), QuantContext) -> NetworkOutput.
@@ -118,7 +125,8 @@ def build(
     outer_init = _kernel_init(options, "full_precision_init", default=outer)
     if options.get("block", "release") not in BLOCKS:
         raise ValueError(f"block {options['block']!r}: accepted are {', '.join(BLOCKS)}")
-    layers = build_layers(quant, inner_init=inner_init, outer_init=outer_init, compute_dtype=compute_dtype)
+    execution = {"compute_dtype": compute_dtype, "cpu_kernels": cpu_kernels}
+    layers = build_layers(quant, inner_init=inner_init, outer_init=outer_init, **execution)
     layers = dataclasses.replace(layers, remat=remat)
     known = inspect.signature(NETWORKS[spec.name]).parameters
     for option in options:
@@ -136,6 +144,7 @@ def build_layers(
     inner_init: Callable[..., Any] = fan_in_uniform,
     outer_init: Callable[..., Any] = fan_in_uniform,
     compute_dtype: str = "float32",
+    cpu_kernels: str = "auto",
 ) -> Layers:
     """The layer factories of a network.
 
@@ -144,9 +153,10 @@ def build_layers(
       inner_init: initialiser of the quantized layers' kernels.
       outer_init: initialiser of the first convolution and the shortcuts where these are not quantized.
       compute_dtype: 'float32' or 'bfloat16'.
+      cpu_kernels: 'auto' or 'xla', see ``QuantConv``.
     """
     act = build_act(quant.act)
-    conv = functools.partial(QuantConv, compute_dtype=compute_dtype)
+    conv = functools.partial(QuantConv, compute_dtype=compute_dtype, cpu_kernels=cpu_kernels)
     weight = build_weight(quant.weight)
     return Layers(
         conv=functools.partial(conv, weight_quantizer=weight, act_quantizer=act, kernel_init=inner_init),

@@ -81,6 +81,7 @@ def test_keys_that_say_where_or_how_may_change(started):
         "data.data_dir": "/elsewhere",
         "data.workers": 3,
         "train.eval_batch_size": 4,
+        "train.cpu_kernels": "xla",
         "train.steps_per_dispatch": 2,
         "train.checkpoint_seconds": 1.0,
     }

@@ -1,0 +1,535 @@
+/* Convolution and its two gradients in float32 on the CPU, for XLA's foreign function interface. Layouts are NHWC and
+   HWIO. Sums are added in an order that depends on nothing but the shapes: not on the number of threads. */
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "xla/ffi/api/c_api.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define JOIN(a, b) a##b
+
+/* Products that a call of a kernel adds to each sum: `rows` rows of `run` neighbouring values of the input. */
+typedef struct {
+    int64_t rows, run, row_step, position_step;
+    int first; /* whether sums start at 0, not at what the output holds */
+} Chunk;
+
+/* Positions that a call of a kernel sums over; distances in floats. */
+typedef struct {
+    int64_t rows, columns, row_step, position_step, cotangent_row, cotangent_step;
+} Block;
+
+typedef struct {
+    const char *name;
+    int64_t lanes;
+    void (*position_row)(const Chunk *, const float *in, const float *weights, float *out, int64_t positions,
+                         int64_t out_step, int64_t channels);
+    void (*kernel_run)(const Block *, const float *in, const float *cotangent, float *out, int64_t run,
+                       int64_t channels);
+} InstructionSet;
+
+/* ---- the kernels for each instruction set ---- */
+
+#define VECTOR_BYTES 16
+#define WIDEST 6
+#define NAME(x) JOIN(plain_, x)
+#define NAME_TEXT "plain"
+#include "convolution.inc"
+#undef VECTOR_BYTES
+#undef WIDEST
+#undef NAME
+#undef NAME_TEXT
+
+#ifdef WIDE
+/* The 64-byte kernels without their instructions, so that they can be tried on machines that lack these. */
+#define VECTOR_BYTES 64
+#define WIDEST 12
+#define NAME(x) JOIN(wide_, x)
+#define NAME_TEXT "wide"
+#include "convolution.inc"
+#undef VECTOR_BYTES
+#undef WIDEST
+#undef NAME
+#undef NAME_TEXT
+#endif
+
+#ifdef __x86_64__
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define VECTOR_BYTES 32
+#define WIDEST 6
+#define NAME(x) JOIN(avx2_, x)
+#define NAME_TEXT "avx2"
+#include "convolution.inc"
+#undef VECTOR_BYTES
+#undef WIDEST
+#undef NAME
+#undef NAME_TEXT
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f")
+#endif
+#define VECTOR_BYTES 64
+#define WIDEST 12
+#define NAME(x) JOIN(avx512_, x)
+#define NAME_TEXT "avx512"
+#include "convolution.inc"
+#undef VECTOR_BYTES
+#undef WIDEST
+#undef NAME
+#undef NAME_TEXT
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+static const InstructionSet *const sets[] = {
+#ifdef __x86_64__
+    &avx512_set,
+    &avx2_set,
+#endif
+    &plain_set,
+#ifdef WIDE
+    &wide_set,
+#endif
+};
+#define SETS ((int64_t)(sizeof sets / sizeof *sets))
+
+static int is_available(const InstructionSet *set) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (set == &avx512_set) return __builtin_cpu_supports("avx512f");
+    if (set == &avx2_set) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return 1;
+}
+
+/* The name of an instruction set of this machine, best first; empty for one that it cannot run, NULL beyond the last. */
+const char *bnn_convolution_set(int64_t index) {
+    return index < 0 || index >= SETS ? NULL : is_available(sets[index]) ? sets[index]->name : "";
+}
+
+/* The set of that number, or the best one for a negative number. */
+static const InstructionSet *chosen_set(int64_t index) {
+    if (index >= 0) return index < SETS && is_available(sets[index]) ? sets[index] : NULL;
+    for (index = 0; !is_available(sets[index]); index++) continue;
+    return sets[index];
+}
+
+/* ---- loops on XLA's threads ---- */
+
+typedef void Body(const void *data, int64_t unit, float *scratch);
+
+/* A loop whose units are taken by whichever thread is free. It is freed by the last thread that has looked at it. */
+typedef struct {
+    Body *body;
+    const void *data;
+    int64_t units;
+    size_t scratch_bytes;
+    atomic_llong taken, finished;
+    atomic_int users, failed;
+} Loop;
+
+static void *allocate(size_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
+
+static void leave(Loop *loop) {
+    if (atomic_fetch_sub(&loop->users, 1) == 1) free(loop);
+}
+
+static void take_units(Loop *loop) {
+    float *scratch = NULL;
+    for (int64_t unit; (unit = atomic_fetch_add(&loop->taken, 1)) < loop->units;) {
+        if (!scratch) scratch = allocate(loop->scratch_bytes);
+        if (scratch)
+            loop->body(loop->data, unit, scratch);
+        else
+            atomic_store(&loop->failed, 1);
+        atomic_fetch_add(&loop->finished, 1);
+    }
+    free(scratch);
+}
+
+static void help(void *data) {
+    take_units(data);
+    leave(data);
+}
+
+static void ignore(const XLA_FFI_Api *api, XLA_FFI_Error *error) {
+    XLA_FFI_Error_Destroy_Args arguments = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, NULL, error};
+    if (error) api->XLA_FFI_Error_Destroy(&arguments);
+}
+
+/* Runs body(data, unit) for every unit. This thread works too and waits only for units that others have begun, so a pool
+   without a free thread does no harm. Returns 0, or -1 where memory is missing. */
+static int run_loop(const XLA_FFI_CallFrame *frame, Body *body, const void *data, int64_t units, size_t scratch_bytes) {
+    int64_t threads = 1;
+    XLA_FFI_ThreadPool_NumThreads_Args count = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, frame->ctx,
+                                                &threads};
+    ignore(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&count));
+    Loop *loop = malloc(sizeof *loop);
+    if (!loop) return -1;
+    *loop = (Loop){.body = body, .data = data, .units = units, .scratch_bytes = scratch_bytes};
+    atomic_store(&loop->users, 1);
+    for (int64_t helpers = (threads < units ? threads : units) - 1; helpers > 0; helpers--) {
+        XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, frame->ctx, help,
+                                                 loop};
+        atomic_fetch_add(&loop->users, 1);
+        XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
+        if (error) {
+            ignore(frame->api, error);
+            leave(loop);
+            break;
+        }
+    }
+    take_units(loop);
+    while (atomic_load(&loop->finished) < units) sched_yield();
+    const int failed = atomic_load(&loop->failed);
+    leave(loop);
+    return failed ? -1 : 0;
+}
+
+/* ---- weights, packed by tiles of output channels: (tiles, rows, run, tile) ---- */
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Channels of a tile with `left` channels from its first one on: in memory, where some may be unused. */
+INLINE int64_t tile_width(const InstructionSet *set, int64_t left) { return left > set->lanes ? 2 * set->lanes : set->lanes; }
+
+static int64_t tiles_of(const InstructionSet *set, int64_t channels) {
+    return (channels + 2 * set->lanes - 1) / (2 * set->lanes);
+}
+
+static int64_t padded_channels(const InstructionSet *set, int64_t channels) {
+    const int64_t before = (tiles_of(set, channels) - 1) * 2 * set->lanes;
+    return before + tile_width(set, channels - before);
+}
+
+/* ---- a pass: output positions as sums over a window of the input; forward, and each part of the input's gradient ---- */
+
+typedef struct {
+    const InstructionSet *set;
+    int64_t batch, height, width, channels; /* input */
+    int64_t taps_y, taps_x, stride_y, stride_x, pad_top, pad_left;
+    int64_t rows, columns, features;                /* positions and channels computed */
+    int64_t out_image, out_row, out_column;         /* distances in the output */
+    int64_t kernel_step_y, kernel_step_x, kernel_step_in, kernel_step_out; /* where the weights are read */
+    const float *in, *kernel;
+    float *out, *packed;
+    int64_t block_rows; /* rows of positions of a unit */
+} Pass;
+
+#define BLOCK_FLOATS 16384 /* of the input, copied with its border: 64 KiB, so that it stays near the core */
+#define CHUNK 320          /* products of a chunk: with two vectors each, its weights stay in the first cache */
+
+static void pack_tile(const void *data, int64_t tile, float *scratch) {
+    (void)scratch;
+    const Pass *pass = data;
+    const int64_t first = tile * 2 * pass->set->lanes, width = tile_width(pass->set, pass->features - first);
+    const int64_t used = smaller(width, pass->features - first);
+    float *to = pass->packed + first * pass->taps_y * pass->taps_x * pass->channels;
+    for (int64_t y = 0; y < pass->taps_y; y++)
+        for (int64_t x = 0; x < pass->taps_x; x++)
+            for (int64_t c = 0; c < pass->channels; c++, to += width) {
+                const float *from = pass->kernel + y * pass->kernel_step_y + x * pass->kernel_step_x +
+                                    c * pass->kernel_step_in + first * pass->kernel_step_out;
+                for (int64_t o = 0; o < used; o++) to[o] = from[o * pass->kernel_step_out];
+                for (int64_t o = used; o < width; o++) to[o] = 0;
+            }
+}
+
+/* Copies rows of an image with zeros around it: (rows, columns, channels), from row `top` and column `left` on. */
+static void copy_rows(const float *image, int64_t height, int64_t width, int64_t channels, int64_t top, int64_t left,
+                      int64_t rows, int64_t columns, float *to) {
+    const int64_t before = smaller(larger(-left, 0), columns);
+    const int64_t inside = larger(smaller(width - larger(left, 0), columns - before), 0);
+    for (int64_t y = top; y < top + rows; y++, to += columns * channels) {
+        if (y < 0 || y >= height) {
+            memset(to, 0, sizeof(float) * columns * channels);
+            continue;
+        }
+        memset(to, 0, sizeof(float) * before * channels);
+        memcpy(to + before * channels, image + (y * width + larger(left, 0)) * channels,
+               sizeof(float) * inside * channels);
+        memset(to + (before + inside) * channels, 0, sizeof(float) * (columns - before - inside) * channels);
+    }
+}
+
+static int64_t window(int64_t positions, int64_t stride, int64_t taps) { return (positions - 1) * stride + taps; }
+
+static void pass_unit(const void *data, int64_t unit, float *scratch) {
+    const Pass *pass = data;
+    const int64_t blocks = (pass->rows + pass->block_rows - 1) / pass->block_rows;
+    const int64_t image = unit / blocks, top = unit % blocks * pass->block_rows;
+    const int64_t rows = smaller(pass->block_rows, pass->rows - top), columns = window(pass->columns, pass->stride_x, pass->taps_x);
+    copy_rows(pass->in + image * pass->height * pass->width * pass->channels, pass->height, pass->width, pass->channels,
+              top * pass->stride_y - pass->pad_top, -pass->pad_left, window(rows, pass->stride_y, pass->taps_y), columns,
+              scratch);
+    const int64_t run = pass->taps_x * pass->channels, row = columns * pass->channels;
+    Chunk chunk = {.row_step = row, .position_step = pass->stride_x * pass->channels};
+    for (int64_t o = 0; o < pass->features; o += 2 * pass->set->lanes) {
+        const int64_t wide = tile_width(pass->set, pass->features - o), channels = smaller(wide, pass->features - o);
+        const float *weights = pass->packed + o * pass->taps_y * run;
+        for (int64_t ky = 0; ky < pass->taps_y; ky += chunk.rows) {
+            chunk.rows = smaller(larger(CHUNK / run, 1), pass->taps_y - ky);
+            for (int64_t k = 0; k < run; k += chunk.run, weights += chunk.rows * chunk.run * wide) {
+                chunk.run = run <= CHUNK ? run : smaller(CHUNK, run - k);
+                chunk.first = ky == 0 && k == 0;
+                for (int64_t y = 0; y < rows; y++)
+                    pass->set->position_row(
+                        &chunk, scratch + (y * pass->stride_y + ky) * row + k, weights,
+                        pass->out + image * pass->out_image + (top + y) * pass->out_row + o, pass->columns,
+                        pass->out_column, channels);
+            }
+        }
+    }
+}
+
+static int run_pass(const XLA_FFI_CallFrame *frame, Pass *pass) {
+    const int64_t columns = window(pass->columns, pass->stride_x, pass->taps_x) * pass->channels;
+    const int64_t fit = BLOCK_FLOATS / columns - pass->taps_y + pass->stride_y;
+    pass->block_rows = larger(smaller(fit / pass->stride_y, pass->rows), 1);
+    pass->packed = allocate(sizeof(float) * pass->taps_y * pass->taps_x * pass->channels *
+                            padded_channels(pass->set, pass->features));
+    if (!pass->packed) return -1;
+    int result = run_loop(frame, pack_tile, pass, tiles_of(pass->set, pass->features), 0);
+    const int64_t blocks = (pass->rows + pass->block_rows - 1) / pass->block_rows;
+    if (result == 0)
+        result = run_loop(frame, pass_unit, pass, pass->batch * blocks,
+                          sizeof(float) * columns * window(pass->block_rows, pass->stride_y, pass->taps_y));
+    free(pass->packed);
+    return result;
+}
+
+/* ---- the calls ---- */
+
+/* A convolution: (batch, height, width, channels) -> (batch, rows, columns, features). */
+typedef struct {
+    const InstructionSet *set;
+    int64_t batch, height, width, channels, rows, columns, features, taps_y, taps_x;
+    int64_t stride_y, stride_x, pad_top, pad_left;
+} Convolution;
+
+static int forward(const XLA_FFI_CallFrame *frame, const Convolution *c, const float *x, const float *kernel, float *y) {
+    Pass pass = {.set = c->set, .batch = c->batch, .height = c->height, .width = c->width, .channels = c->channels,
+                 .taps_y = c->taps_y, .taps_x = c->taps_x, .stride_y = c->stride_y, .stride_x = c->stride_x,
+                 .pad_top = c->pad_top, .pad_left = c->pad_left,
+                 .rows = c->rows, .columns = c->columns, .features = c->features,
+                 .out_image = c->rows * c->columns * c->features, .out_row = c->columns * c->features,
+                 .out_column = c->features,
+                 .kernel_step_y = c->taps_x * c->channels * c->features, .kernel_step_x = c->channels * c->features,
+                 .kernel_step_in = c->features, .kernel_step_out = 1, .in = x, .kernel = kernel, .out = y};
+    return run_pass(frame, &pass);
+}
+
+/* Along one axis, the input's positions first, first + stride, ... and the kernel's taps that meet them, backwards. */
+typedef struct {
+    int64_t positions, taps, last_tap, pad;
+} Part;
+
+static Part part_of(int64_t first, int64_t size, int64_t stride, int64_t taps, int64_t pad) {
+    const int64_t tap = (first + pad) % stride, count = tap < taps ? (taps - tap + stride - 1) / stride : 0;
+    return (Part){(size - first + stride - 1) / stride, count, tap + (count - 1) * stride,
+                  count - 1 - (first + pad - tap) / stride};
+}
+
+/* dx[i] sums dy[(i + pad - k) / stride] * kernel[k] over the taps k that divide: for the positions i with the same
+   remainder this is a convolution of dy of stride 1 with every stride-th tap, turned around. */
+static int input_gradient(const XLA_FFI_CallFrame *frame, const Convolution *c, const float *dy, const float *kernel,
+                          float *dx) {
+    if (c->stride_y > c->taps_y || c->stride_x > c->taps_x) /* positions that meet no tap */
+        memset(dx, 0, sizeof(float) * c->batch * c->height * c->width * c->channels);
+    for (int64_t y = 0; y < smaller(c->stride_y, c->height); y++)
+        for (int64_t x = 0; x < smaller(c->stride_x, c->width); x++) {
+            const Part down = part_of(y, c->height, c->stride_y, c->taps_y, c->pad_top);
+            const Part along = part_of(x, c->width, c->stride_x, c->taps_x, c->pad_left);
+            if (down.taps == 0 || along.taps == 0) continue;
+            const int64_t step_x = c->channels * c->features, step_y = c->taps_x * step_x;
+            Pass pass = {.set = c->set, .batch = c->batch, .height = c->rows, .width = c->columns,
+                         .channels = c->features, .taps_y = down.taps, .taps_x = along.taps, .stride_y = 1,
+                         .stride_x = 1, .pad_top = down.pad, .pad_left = along.pad, .rows = down.positions,
+                         .columns = along.positions, .features = c->channels,
+                         .out_image = c->height * c->width * c->channels,
+                         .out_row = c->stride_y * c->width * c->channels, .out_column = c->stride_x * c->channels,
+                         .kernel_step_y = -c->stride_y * step_y, .kernel_step_x = -c->stride_x * step_x,
+                         .kernel_step_in = 1, .kernel_step_out = c->features, .in = dy,
+                         .kernel = kernel + down.last_tap * step_y + along.last_tap * step_x,
+                         .out = dx + (y * c->width + x) * c->channels};
+            if (run_pass(frame, &pass) != 0) return -1;
+        }
+    return 0;
+}
+
+/* Gradient of the kernel: images are divided into blocks, output channels into groups of tiles. Each block sums for
+   itself, then the sums of the blocks are added one after another. How many there are follows from the shapes. */
+typedef struct {
+    const Convolution *c;
+    const float *x, *cotangent;
+    float *out, *sums; /* (blocks, packed kernel) */
+    int64_t blocks, groups, tiles, floats, block_rows;
+} KernelPass;
+
+#define UNITS 16                /* into which the work is divided, at least where there are as many images */
+#define SUMS_BYTES (4ll << 20) /* of all blocks together */
+#define POSITIONS 128           /* that are summed over at a time, so that they stay in the first cache */
+
+/* Adds one block of rows of one image to the sums of the tiles from..to. */
+static void add_rows(const KernelPass *pass, int64_t from, int64_t to, const float *x, const float *dy, int64_t rows,
+                     float *sums, float *copied) {
+    const Convolution *c = pass->c;
+    const int64_t width = window(c->columns, c->stride_x, c->taps_x) * c->channels, run = c->taps_x * c->channels;
+    const int64_t lanes = c->set->lanes, at_once = larger(POSITIONS / c->columns, 1);
+    for (int64_t top = 0; top < rows; top += at_once)
+        for (int64_t tile = from; tile < to; tile++) {
+            const int64_t o = tile * 2 * lanes, wide = tile_width(c->set, c->features - o);
+            const int64_t channels = smaller(wide, c->features - o), now = smaller(at_once, rows - top);
+            Block block = {now, c->columns, c->stride_y * width, c->stride_x * c->channels, c->columns * c->features,
+                           c->features};
+            const float *at = dy + top * c->columns * c->features + o;
+            if (wide != c->features) {
+                for (int64_t p = 0; p < now * c->columns; p++) {
+                    memcpy(copied + p * wide, at + p * c->features, sizeof(float) * channels);
+                    memset(copied + p * wide + channels, 0, sizeof(float) * (wide - channels));
+                }
+                block.cotangent_row = c->columns * wide, block.cotangent_step = wide, at = copied;
+            }
+            for (int64_t ky = 0; ky < c->taps_y; ky++)
+                c->set->kernel_run(&block, x + (top * c->stride_y + ky) * width, at,
+                                   sums + (o * c->taps_y + ky * wide) * run, run, wide);
+        }
+}
+
+static void kernel_unit(const void *data, int64_t unit, float *scratch) {
+    const KernelPass *pass = data;
+    const Convolution *c = pass->c;
+    const int64_t block = unit / pass->groups, group = unit % pass->groups;
+    const int64_t from = pass->tiles * group / pass->groups, to = pass->tiles * (group + 1) / pass->groups;
+    const int64_t columns = window(c->columns, c->stride_x, c->taps_x);
+    float *sums = pass->sums + block * pass->floats;
+    const int64_t taps = c->taps_y * c->taps_x * c->channels, lanes = 2 * c->set->lanes;
+    const int64_t start = from * lanes * taps, end = to == pass->tiles ? pass->floats : to * lanes * taps;
+    memset(sums + start, 0, sizeof(float) * (end - start));
+    float *copied = scratch + columns * c->channels * window(pass->block_rows, c->stride_y, c->taps_y);
+    for (int64_t image = c->batch * block / pass->blocks; image < c->batch * (block + 1) / pass->blocks; image++)
+        for (int64_t top = 0; top < c->rows; top += pass->block_rows) {
+            const int64_t rows = smaller(pass->block_rows, c->rows - top);
+            copy_rows(pass->x + image * c->height * c->width * c->channels, c->height, c->width, c->channels,
+                      top * c->stride_y - c->pad_top, -c->pad_left, window(rows, c->stride_y, c->taps_y), columns,
+                      scratch);
+            add_rows(pass, from, to, scratch, pass->cotangent + (image * c->rows + top) * c->columns * c->features, rows,
+                     sums, scratch == copied ? NULL : copied);
+        }
+}
+
+/* Adds the sums of the blocks of one tile, and puts them where they belong. */
+static void add_blocks(const void *data, int64_t tile, float *scratch) {
+    (void)scratch;
+    const KernelPass *pass = data;
+    const Convolution *c = pass->c;
+    const int64_t o = tile * 2 * c->set->lanes, wide = tile_width(c->set, c->features - o);
+    const int64_t taps = c->taps_y * c->taps_x * c->channels, channels = smaller(wide, c->features - o);
+    for (int64_t k = 0; k < taps; k++) {
+        float *to = pass->out + k * c->features + o;
+        const float *from = pass->sums + o * taps + k * wide;
+        memcpy(to, from, sizeof(float) * channels);
+        for (int64_t block = 1; block < pass->blocks; block++)
+            for (int64_t i = 0; i < channels; i++) to[i] += from[block * pass->floats + i];
+    }
+}
+
+static int kernel_gradient(const XLA_FFI_CallFrame *frame, const Convolution *c, const float *x, const float *cotangent,
+                           float *out) {
+    KernelPass pass = {.c = c, .x = x, .cotangent = cotangent, .out = out};
+    pass.tiles = tiles_of(c->set, c->features);
+    pass.floats = c->taps_y * c->taps_x * c->channels * padded_channels(c->set, c->features);
+    const int64_t bytes = sizeof(float) * pass.floats;
+    pass.blocks = larger(smaller(smaller(SUMS_BYTES / bytes, UNITS), c->batch), 1);
+    pass.groups = smaller((UNITS + pass.blocks - 1) / pass.blocks, pass.tiles);
+    const int64_t columns = window(c->columns, c->stride_x, c->taps_x) * c->channels;
+    const int64_t fit = 2 * BLOCK_FLOATS / columns - c->taps_y + c->stride_y;
+    pass.block_rows = larger(smaller(fit / c->stride_y, c->rows), 1);
+    pass.sums = allocate(bytes * pass.blocks);
+    if (!pass.sums) return -1;
+    const int64_t copied = larger(POSITIONS, c->columns) * 2 * c->set->lanes;
+    int result = run_loop(frame, kernel_unit, &pass, pass.blocks * pass.groups,
+                          sizeof(float) * (columns * window(pass.block_rows, c->stride_y, c->taps_y) + copied));
+    if (result == 0) result = run_loop(frame, add_blocks, &pass, pass.tiles, 0);
+    free(pass.sums);
+    return result;
+}
+
+/* ---- XLA's side ---- */
+
+typedef int Call(const XLA_FFI_CallFrame *, const Convolution *, const float *, const float *, float *);
+
+static XLA_FFI_Error *error_of(const XLA_FFI_CallFrame *frame, const char *message, XLA_FFI_Error_Code code) {
+    XLA_FFI_Error_Create_Args arguments = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, message, code};
+    return frame->api->XLA_FFI_Error_Create(&arguments);
+}
+
+/* Tells XLA which version of the interface this was compiled with, if that is what it asks for. */
+static int is_question(const XLA_FFI_CallFrame *frame) {
+    if (!frame->extension_start || frame->extension_start->type != XLA_FFI_Extension_Metadata) return 0;
+    XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)frame->extension_start)->metadata;
+    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+    return 1;
+}
+
+/* Integer attributes in the order of their names, which is XLA's. */
+enum { INSTRUCTION_SET, PAD_LEFT, PAD_TOP, STRIDE_X, STRIDE_Y, ATTRIBUTES };
+
+/* Calls a convolution; x, y and kernel say which operand (0, 1) or result (2) these are. */
+static XLA_FFI_Error *call(XLA_FFI_CallFrame *frame, Call *function, int x, int kernel, int y) {
+    if (is_question(frame)) return NULL;
+    if (frame->args.size != 2 || frame->rets.size != 1 || frame->attrs.size != ATTRIBUTES)
+        return error_of(frame, "convolution: two operands, one result, five integers", XLA_FFI_Error_Code_INVALID_ARGUMENT);
+    const XLA_FFI_Buffer *buffers[3] = {frame->args.args[0], frame->args.args[1], frame->rets.rets[0]};
+    for (int i = 0; i < 3; i++)
+        if (buffers[i]->dtype != XLA_FFI_DataType_F32 || buffers[i]->rank != 4)
+            return error_of(frame, "convolution: arrays are float32 of rank 4", XLA_FFI_Error_Code_INVALID_ARGUMENT);
+    int64_t numbers[ATTRIBUTES];
+    for (int i = 0; i < ATTRIBUTES; i++) {
+        const XLA_FFI_Scalar *scalar = frame->attrs.attrs[i];
+        if (frame->attrs.types[i] != XLA_FFI_AttrType_SCALAR || scalar->dtype != XLA_FFI_DataType_S64)
+            return error_of(frame, "convolution: numbers are int64", XLA_FFI_Error_Code_INVALID_ARGUMENT);
+        numbers[i] = *(const int64_t *)scalar->value;
+    }
+    const int64_t *in = buffers[x]->dims, *taps = buffers[kernel]->dims, *out = buffers[y]->dims;
+    const Convolution convolution = {
+        .set = chosen_set(numbers[INSTRUCTION_SET]), .batch = in[0], .height = in[1], .width = in[2],
+        .channels = in[3], .rows = out[1], .columns = out[2], .features = out[3], .taps_y = taps[0], .taps_x = taps[1],
+        .stride_y = numbers[STRIDE_Y], .stride_x = numbers[STRIDE_X],
+        .pad_top = numbers[PAD_TOP], .pad_left = numbers[PAD_LEFT]};
+    if (in[0] != out[0] || taps[2] != in[3] || taps[3] != out[3] || !convolution.set)
+        return error_of(frame, "convolution: shapes or instruction set", XLA_FFI_Error_Code_INVALID_ARGUMENT);
+    if (function(frame, &convolution, buffers[0]->data, buffers[1]->data, buffers[2]->data) != 0)
+        return error_of(frame, "convolution: no memory", XLA_FFI_Error_Code_RESOURCE_EXHAUSTED);
+    return NULL;
+}
+
+XLA_FFI_Error *bnn_convolution(XLA_FFI_CallFrame *frame) { return call(frame, forward, 0, 1, 2); }
+
+XLA_FFI_Error *bnn_convolution_input_gradient(XLA_FFI_CallFrame *frame) { return call(frame, input_gradient, 2, 1, 0); }
+
+XLA_FFI_Error *bnn_convolution_kernel_gradient(XLA_FFI_CallFrame *frame) { return call(frame, kernel_gradient, 0, 2, 1); }
