@@ -1,8 +1,9 @@
 """Speed of the training step: images/s per bit width, compilation, and what our loop costs over a bare jitted step;
-what self-distillation and its real stream cost.
+what self-distillation and its real stream cost; our step against PyTorch's.
 
     python benchmarks/train_step.py [--methods=asbq,skd] [--network=resnet20] [--batch_size=128] [--steps=4]
                                     [--rounds=3] [--bits=32,8,4,2,1]
+    python benchmarks/train_step.py --against=pytorch [--networks=resnet20,vgg_small,resnet18_cifar] [...]
 
 ASBQ: both sides run in this process in turn (loop, bare, loop, bare, ...) on the same network and batch size; the ratio
 is the median over the rounds of their times, pair by pair, so that it holds when the machine's speed drifts. The bare
@@ -11,6 +12,10 @@ progress.
 
 SKD-BNN: the loop of its ResNet-20 with all terms, without the one that needs the real stream, and of IR-Net alone, run
 in turn too; the ratios are those of the times of a round, the median over the rounds.
+
+Against PyTorch: the bare step of both on a fixed batch, in turn in this process, with as many threads: ours with our
+kernels and with XLA's convolutions, PyTorch's in its two layouts. The ratio is the median over the rounds of theirs in
+the faster layout over ours, of a round's times.
 
 The last line is one JSON object.
 """
@@ -42,7 +47,7 @@ from bnn_jax.quantizers import QuantContext
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
-from bnn_jax.training.loop import EpochMeter, LoopOptions, StageLoop
+from bnn_jax.training.loop import EpochMeter, LoopOptions, Setup, StageLoop
 from bnn_jax.training.progress import Progress
 from configs import asbq_resnet20, skd_resnet20
 
@@ -135,16 +140,15 @@ class LoopSide:
 class BareSide:
     """The bare step on one fixed batch."""
 
-    def __init__(self, loop_side: LoopSide, batch_size: int):
-        setup = loop_side.setup
+    def __init__(self, setup: Setup, variables: Any, batch_size: int):
         size, _, channels = setup.source.image_shape
         self.images = jax.random.normal(jax.random.key(0), (batch_size, size, size, channels))
         self.labels = jnp.arange(batch_size) % setup.source.num_classes
-        variables = jax.tree.map(jnp.array, loop_side.variables)
+        variables = jax.tree.map(jnp.array, variables)
         self.other = {name: value for name, value in variables.items() if name != "params"}
         self.params = variables["params"]
         self.opt_state = setup.parts.optimizer.init(self.params)
-        self.step = bare_step(setup.network, setup.parts.optimizer)
+        self.network, self.step = setup.network, bare_step(setup.network, setup.parts.optimizer)
 
     def run(self, steps: int) -> float:
         """Seconds of ``steps`` steps."""
@@ -163,7 +167,7 @@ def measure(options: argparse.Namespace, bits: int) -> dict[str, Any]:
         loop_side = LoopSide(make_run(options, bits), Path(folder))
         steps = loop_side.loop.steps_per_epoch
         first_seconds, _ = loop_side.run()
-        bare_side = BareSide(loop_side, options.batch_size)
+        bare_side = BareSide(loop_side.setup, loop_side.variables, options.batch_size)
         bare_side.run(1)
         pairs = []
         for _ in range(options.rounds):
@@ -221,6 +225,49 @@ def show_skd(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def measure_against_pytorch(options: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
+    """Milliseconds of our bare step and of PyTorch's, and the ratio of the faster layout's to ours."""
+    from benchmarks.pytorch_step import PytorchSide
+
+    experiment = make_run(argparse.Namespace(**{**vars(options), "network": name}), bits)
+    sides: dict[str, Any] = {}
+    for cpu_kernels in ("auto", "xla"):
+        config = {**experiment.config, "train": {**experiment.config["train"], "cpu_kernels": cpu_kernels}}
+        own = make_experiment(config)
+        (stage,) = own.stages
+        setup = set_up(own, stage, load_images(config, stage.data))
+        sides[cpu_kernels] = BareSide(setup, first_variables(setup, None)[0], options.batch_size)
+    for layout in ("contiguous", "channels_last"):
+        sides[layout] = PytorchSide(
+            sides["auto"].network, bits, options.batch_size, channels_last=layout == "channels_last"
+        )
+    for side in sides.values():
+        side.run(1)
+    rounds = [{key: side.run(options.steps) for key, side in sides.items()} for _ in range(options.rounds)]
+    times = {key: statistics.median(seconds[key] for seconds in rounds) for key in sides}
+    faster = min(("contiguous", "channels_last"), key=lambda layout: times[layout])
+    return {
+        "network": name,
+        "bits": bits,
+        **{key: round(1000 * seconds / options.steps, 1) for key, seconds in times.items()},
+        "ratio": round(statistics.median(seconds[faster] / seconds["auto"] for seconds in rounds), 2),
+        "ratio_of_least": round(min(seconds[faster] for seconds in rounds) / min(s["auto"] for s in rounds), 2),
+    }
+
+
+def show_against_pytorch(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures every network and bit width against PyTorch and prints a line for each."""
+    titles = ("network", "bits", "auto", "xla", "contiguous", "channels_last", "ratio", "ratio_of_least")
+    print("milliseconds per step: ours, ours with XLA's convolutions, PyTorch in two layouts")
+    print("".join(f"{title:>16}" for title in titles))
+    rows = []
+    for name in options.networks.split(","):
+        for bits in map(int, options.bits.split(",")):
+            rows.append(measure_against_pytorch(options, name, bits))
+            print("".join(f"{rows[-1][title]:>16}" for title in titles), flush=True)
+    return rows
+
+
 def show_asbq(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures every bit width and prints a line for each."""
     rows = []
@@ -246,14 +293,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bits", default="32,8,4,2,1")
     parser.add_argument("--compute_dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--against", choices=("pytorch",), help="what our step is compared with, instead of the tables")
+    parser.add_argument("--networks", default="resnet20,vgg_small,resnet18_cifar", help="of the comparison")
     options = parser.parse_args()
     methods = options.methods.split(",")
     if not set(methods) <= {"asbq", "skd"}:
         parser.error(f"--methods={options.methods}: accepted are asbq, skd")
-    rows = show_asbq(options) if "asbq" in methods else []
-    skd = show_skd(options) if "skd" in methods else None
     device = jax.devices()[0]
-    content = {**vars(options), "rows": rows, "skd": skd, "device": device.device_kind, **run_folder.provenance()}
+    content = {**vars(options), "device": device.device_kind, **run_folder.provenance()}
+    if options.against:
+        content["against"] = show_against_pytorch(options)
+    else:
+        content["rows"] = show_asbq(options) if "asbq" in methods else []
+        content["skd"] = show_skd(options) if "skd" in methods else None
     print(json.dumps(content))
 
 

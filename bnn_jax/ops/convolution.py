@@ -22,13 +22,9 @@ BEST = -1  # the instruction set is chosen when the program runs
 
 
 @functools.cache
-def instruction_sets(path: Path | None = None) -> dict[str, int]:
-    """Names and numbers of the instruction sets that this machine has kernels for, best first; none without kernels.
-
-    Args:
-      path: the compiled library, for tests; None: the one that was installed. The first call decides for the process.
-    """
-    found = sorted(Path(__file__).parent.glob("_convolution*.so")) if path is None else [path]
+def instruction_sets() -> dict[str, int]:
+    """Names and numbers of the instruction sets that this machine can run, best first; none without a library."""
+    found = sorted(Path(__file__).parent.glob("_convolution*.so"))
     if not found:
         return {}
     try:

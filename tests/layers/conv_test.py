@@ -7,6 +7,7 @@ import pytest
 
 from bnn_jax.layers import QuantConv, QuantDense
 from bnn_jax.layers.conv import fan_in_uniform
+from bnn_jax.ops import convolution as own
 from bnn_jax.quantizers import QuantContext, build_act, build_weight
 from bnn_jax.stages import IDENTITY, Spec, spec
 
@@ -187,3 +188,17 @@ def test_float64_operands_are_multiplied_in_float64() -> None:
         y = conv.apply({"params": {"kernel": jnp.asarray(kernel)}}, jnp.asarray(x), CTX)
         # 18 products of size 1: float32 would be wrong by 1e-6.
         np.testing.assert_allclose(y, explicit_convolution(x, kernel, (1, 1), ((1, 1), (1, 1))), rtol=0, atol=1e-13)
+
+
+@pytest.mark.skipif(not own.instruction_sets(), reason="the kernels were not compiled at installation")
+def test_on_a_cpu_our_kernels_convolve_unless_those_of_xla_are_asked_for() -> None:
+    x, programs, outputs = random((2, 6, 6, 16)), {}, {}
+    for cpu_kernels in ("auto", "xla"):
+        layer = make(IDENTITY, IDENTITY, features=8, cpu_kernels=cpu_kernels)
+        variables = layer.init(jax.random.key(1), x, CTX)
+        programs[cpu_kernels] = str(jax.make_jaxpr(lambda x, v=variables, layer=layer: layer.apply(v, x, CTX))(x))
+        outputs[cpu_kernels] = layer.apply(variables, x, CTX)
+    assert own.FORWARD in programs["auto"] and "conv_general_dilated" not in programs["auto"]
+    assert own.FORWARD not in programs["xla"] and "conv_general_dilated" in programs["xla"]
+    # 144 float32 additions in another order.
+    np.testing.assert_allclose(outputs["auto"], outputs["xla"], atol=1e-5)

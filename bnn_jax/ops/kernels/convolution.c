@@ -26,7 +26,8 @@ typedef struct {
 
 /* Positions that a call of a kernel sums over; distances in floats. */
 typedef struct {
-    int64_t rows, columns, row_step, position_step, cotangent_row, cotangent_step;
+    int64_t images, rows, columns, image_step, row_step, position_step; /* of the input */
+    int64_t cotangent_image, cotangent_row, cotangent_step;
 } Block;
 
 typedef struct {
@@ -50,8 +51,7 @@ typedef struct {
 #undef NAME
 #undef NAME_TEXT
 
-#ifdef WIDE
-/* The 64-byte kernels without their instructions, so that they can be tried on machines that lack these. */
+/* The 64-byte kernels without their instructions: nobody's choice, but it can be tried on machines that lack these. */
 #define VECTOR_BYTES 64
 #define WIDEST 12
 #define NAME(x) JOIN(wide_, x)
@@ -61,7 +61,6 @@ typedef struct {
 #undef WIDEST
 #undef NAME
 #undef NAME_TEXT
-#endif
 
 #ifdef __x86_64__
 #ifdef __clang__
@@ -109,9 +108,7 @@ static const InstructionSet *const sets[] = {
     &avx2_set,
 #endif
     &plain_set,
-#ifdef WIDE
     &wide_set,
-#endif
 };
 #define SETS ((int64_t)(sizeof sets / sizeof *sets))
 
@@ -236,10 +233,11 @@ typedef struct {
     int64_t kernel_step_y, kernel_step_x, kernel_step_in, kernel_step_out; /* where the weights are read */
     const float *in, *kernel;
     float *out, *packed;
-    int64_t block_rows; /* rows of positions of a unit */
+    int64_t block_images, block_rows; /* of a unit */
 } Pass;
 
 #define BLOCK_FLOATS 16384 /* of the input, copied with its border: 64 KiB, so that it stays near the core */
+#define BLOCK_POSITIONS 64 /* at least, even if they need more than that: for fewer the weights are read too often */
 #define CHUNK 320          /* products of a chunk: with two vectors each, its weights stay in the first cache */
 
 static void pack_tile(const void *data, int64_t tile, float *scratch) {
@@ -277,15 +275,22 @@ static void copy_rows(const float *image, int64_t height, int64_t width, int64_t
 
 static int64_t window(int64_t positions, int64_t stride, int64_t taps) { return (positions - 1) * stride + taps; }
 
+static int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+/* Some rows of some images. */
 static void pass_unit(const void *data, int64_t unit, float *scratch) {
     const Pass *pass = data;
-    const int64_t blocks = (pass->rows + pass->block_rows - 1) / pass->block_rows;
-    const int64_t image = unit / blocks, top = unit % blocks * pass->block_rows;
-    const int64_t rows = smaller(pass->block_rows, pass->rows - top), columns = window(pass->columns, pass->stride_x, pass->taps_x);
-    copy_rows(pass->in + image * pass->height * pass->width * pass->channels, pass->height, pass->width, pass->channels,
-              top * pass->stride_y - pass->pad_top, -pass->pad_left, window(rows, pass->stride_y, pass->taps_y), columns,
-              scratch);
-    const int64_t run = pass->taps_x * pass->channels, row = columns * pass->channels;
+    const int64_t blocks = blocks_of(pass->rows, pass->block_rows);
+    const int64_t first = unit / blocks * pass->block_images, top = unit % blocks * pass->block_rows;
+    const int64_t images = smaller(pass->block_images, pass->batch - first);
+    const int64_t rows = smaller(pass->block_rows, pass->rows - top);
+    const int64_t in_rows = window(rows, pass->stride_y, pass->taps_y);
+    const int64_t columns = window(pass->columns, pass->stride_x, pass->taps_x), row = columns * pass->channels;
+    for (int64_t i = 0; i < images; i++)
+        copy_rows(pass->in + (first + i) * pass->height * pass->width * pass->channels, pass->height, pass->width,
+                  pass->channels, top * pass->stride_y - pass->pad_top, -pass->pad_left, in_rows, columns,
+                  scratch + i * in_rows * row);
+    const int64_t run = pass->taps_x * pass->channels;
     Chunk chunk = {.row_step = row, .position_step = pass->stride_x * pass->channels};
     for (int64_t o = 0; o < pass->features; o += 2 * pass->set->lanes) {
         const int64_t wide = tile_width(pass->set, pass->features - o), channels = smaller(wide, pass->features - o);
@@ -295,11 +300,12 @@ static void pass_unit(const void *data, int64_t unit, float *scratch) {
             for (int64_t k = 0; k < run; k += chunk.run, weights += chunk.rows * chunk.run * wide) {
                 chunk.run = run <= CHUNK ? run : smaller(CHUNK, run - k);
                 chunk.first = ky == 0 && k == 0;
-                for (int64_t y = 0; y < rows; y++)
-                    pass->set->position_row(
-                        &chunk, scratch + (y * pass->stride_y + ky) * row + k, weights,
-                        pass->out + image * pass->out_image + (top + y) * pass->out_row + o, pass->columns,
-                        pass->out_column, channels);
+                for (int64_t i = 0; i < images; i++)
+                    for (int64_t y = 0; y < rows; y++)
+                        pass->set->position_row(
+                            &chunk, scratch + (i * in_rows + y * pass->stride_y + ky) * row + k, weights,
+                            pass->out + (first + i) * pass->out_image + (top + y) * pass->out_row + o, pass->columns,
+                            pass->out_column, channels);
             }
         }
     }
@@ -307,16 +313,18 @@ static void pass_unit(const void *data, int64_t unit, float *scratch) {
 
 static int run_pass(const XLA_FFI_CallFrame *frame, Pass *pass) {
     const int64_t columns = window(pass->columns, pass->stride_x, pass->taps_x) * pass->channels;
-    const int64_t fit = BLOCK_FLOATS / columns - pass->taps_y + pass->stride_y;
-    pass->block_rows = larger(smaller(fit / pass->stride_y, pass->rows), 1);
+    const int64_t fit = (BLOCK_FLOATS / columns - pass->taps_y) / pass->stride_y + 1;
+    pass->block_rows = smaller(larger(fit, blocks_of(BLOCK_POSITIONS, pass->columns)), pass->rows);
+    pass->block_images = larger(BLOCK_POSITIONS / (pass->rows * pass->columns), 1);
     pass->packed = allocate(sizeof(float) * pass->taps_y * pass->taps_x * pass->channels *
                             padded_channels(pass->set, pass->features));
     if (!pass->packed) return -1;
     int result = run_loop(frame, pack_tile, pass, tiles_of(pass->set, pass->features), 0);
-    const int64_t blocks = (pass->rows + pass->block_rows - 1) / pass->block_rows;
+    const int64_t in_rows = window(pass->block_rows, pass->stride_y, pass->taps_y);
     if (result == 0)
-        result = run_loop(frame, pass_unit, pass, pass->batch * blocks,
-                          sizeof(float) * columns * window(pass->block_rows, pass->stride_y, pass->taps_y));
+        result = run_loop(frame, pass_unit, pass,
+                          blocks_of(pass->batch, pass->block_images) * blocks_of(pass->rows, pass->block_rows),
+                          sizeof(float) * pass->block_images * in_rows * columns);
     free(pass->packed);
     return result;
 }
@@ -386,33 +394,38 @@ typedef struct {
     const Convolution *c;
     const float *x, *cotangent;
     float *out, *sums; /* (blocks, packed kernel) */
-    int64_t blocks, groups, tiles, floats, block_rows;
+    int64_t blocks, groups, tiles, floats;
+    int64_t images, rows; /* copied at a time */
 } KernelPass;
 
-#define UNITS 16                /* into which the work is divided, at least where there are as many images */
+#define UNITS 16               /* into which the work is divided, at least where there are as many images */
 #define SUMS_BYTES (4ll << 20) /* of all blocks together */
-#define POSITIONS 128           /* that are summed over at a time, so that they stay in the first cache */
+#define POSITIONS 128          /* that are summed over at a time, so that they stay in the first cache */
+#define COPIED_FLOATS 65536    /* of the input, with its border */
 
-/* Adds one block of rows of one image to the sums of the tiles from..to. */
-static void add_rows(const KernelPass *pass, int64_t from, int64_t to, const float *x, const float *dy, int64_t rows,
-                     float *sums, float *copied) {
+/* Adds some rows of some images to the sums of the tiles from..to. Only one image may have more rows than fit. */
+static void add_rows(const KernelPass *pass, int64_t from, int64_t to, const float *x, const float *dy, int64_t images,
+                     int64_t rows, float *sums, float *copied) {
     const Convolution *c = pass->c;
     const int64_t width = window(c->columns, c->stride_x, c->taps_x) * c->channels, run = c->taps_x * c->channels;
-    const int64_t lanes = c->set->lanes, at_once = larger(POSITIONS / c->columns, 1);
+    const int64_t at_once = larger(POSITIONS / c->columns, 1);
     for (int64_t top = 0; top < rows; top += at_once)
         for (int64_t tile = from; tile < to; tile++) {
-            const int64_t o = tile * 2 * lanes, wide = tile_width(c->set, c->features - o);
+            const int64_t o = tile * 2 * c->set->lanes, wide = tile_width(c->set, c->features - o);
             const int64_t channels = smaller(wide, c->features - o), now = smaller(at_once, rows - top);
-            Block block = {now, c->columns, c->stride_y * width, c->stride_x * c->channels, c->columns * c->features,
-                           c->features};
             const float *at = dy + top * c->columns * c->features + o;
             if (wide != c->features) {
-                for (int64_t p = 0; p < now * c->columns; p++) {
+                for (int64_t p = 0; p < images * now * c->columns; p++) {
                     memcpy(copied + p * wide, at + p * c->features, sizeof(float) * channels);
                     memset(copied + p * wide + channels, 0, sizeof(float) * (wide - channels));
                 }
-                block.cotangent_row = c->columns * wide, block.cotangent_step = wide, at = copied;
+                at = copied;
             }
+            const Block block = {.images = images, .rows = now, .columns = c->columns,
+                                 .image_step = window(rows, c->stride_y, c->taps_y) * width,
+                                 .row_step = c->stride_y * width, .position_step = c->stride_x * c->channels,
+                                 .cotangent_image = now * c->columns * wide, .cotangent_row = c->columns * wide,
+                                 .cotangent_step = wide};
             for (int64_t ky = 0; ky < c->taps_y; ky++)
                 c->set->kernel_run(&block, x + (top * c->stride_y + ky) * width, at,
                                    sums + (o * c->taps_y + ky * wide) * run, run, wide);
@@ -429,16 +442,20 @@ static void kernel_unit(const void *data, int64_t unit, float *scratch) {
     const int64_t taps = c->taps_y * c->taps_x * c->channels, lanes = 2 * c->set->lanes;
     const int64_t start = from * lanes * taps, end = to == pass->tiles ? pass->floats : to * lanes * taps;
     memset(sums + start, 0, sizeof(float) * (end - start));
-    float *copied = scratch + columns * c->channels * window(pass->block_rows, c->stride_y, c->taps_y);
-    for (int64_t image = c->batch * block / pass->blocks; image < c->batch * (block + 1) / pass->blocks; image++)
-        for (int64_t top = 0; top < c->rows; top += pass->block_rows) {
-            const int64_t rows = smaller(pass->block_rows, c->rows - top);
-            copy_rows(pass->x + image * c->height * c->width * c->channels, c->height, c->width, c->channels,
-                      top * c->stride_y - c->pad_top, -c->pad_left, window(rows, c->stride_y, c->taps_y), columns,
-                      scratch);
-            add_rows(pass, from, to, scratch, pass->cotangent + (image * c->rows + top) * c->columns * c->features, rows,
-                     sums, scratch == copied ? NULL : copied);
+    float *copied = scratch + pass->images * window(pass->rows, c->stride_y, c->taps_y) * columns * c->channels;
+    const int64_t last = c->batch * (block + 1) / pass->blocks;
+    for (int64_t image = c->batch * block / pass->blocks, images; image < last; image += images) {
+        images = smaller(pass->images, last - image);
+        for (int64_t top = 0; top < c->rows; top += pass->rows) {
+            const int64_t rows = smaller(pass->rows, c->rows - top), in_rows = window(rows, c->stride_y, c->taps_y);
+            for (int64_t i = 0; i < images; i++)
+                copy_rows(pass->x + (image + i) * c->height * c->width * c->channels, c->height, c->width, c->channels,
+                          top * c->stride_y - c->pad_top, -c->pad_left, in_rows, columns,
+                          scratch + i * in_rows * columns * c->channels);
+            add_rows(pass, from, to, scratch, pass->cotangent + (image * c->rows + top) * c->columns * c->features,
+                     images, rows, sums, copied);
         }
+    }
 }
 
 /* Adds the sums of the blocks of one tile, and puts them where they belong. */
@@ -466,13 +483,15 @@ static int kernel_gradient(const XLA_FFI_CallFrame *frame, const Convolution *c,
     pass.blocks = larger(smaller(smaller(SUMS_BYTES / bytes, UNITS), c->batch), 1);
     pass.groups = smaller((UNITS + pass.blocks - 1) / pass.blocks, pass.tiles);
     const int64_t columns = window(c->columns, c->stride_x, c->taps_x) * c->channels;
-    const int64_t fit = 2 * BLOCK_FLOATS / columns - c->taps_y + c->stride_y;
-    pass.block_rows = larger(smaller(fit / c->stride_y, c->rows), 1);
+    pass.rows = smaller(larger((COPIED_FLOATS / columns - c->taps_y) / c->stride_y + 1, 1), c->rows);
+    const int64_t in_rows = window(pass.rows, c->stride_y, c->taps_y);
+    const int64_t fit = smaller(POSITIONS / (c->rows * c->columns), COPIED_FLOATS / (in_rows * columns));
+    pass.images = pass.rows < c->rows ? 1 : larger(smaller(fit, c->batch), 1);
     pass.sums = allocate(bytes * pass.blocks);
     if (!pass.sums) return -1;
     const int64_t copied = larger(POSITIONS, c->columns) * 2 * c->set->lanes;
     int result = run_loop(frame, kernel_unit, &pass, pass.blocks * pass.groups,
-                          sizeof(float) * (columns * window(pass.block_rows, c->stride_y, c->taps_y) + copied));
+                          sizeof(float) * (pass.images * in_rows * columns + copied));
     if (result == 0) result = run_loop(frame, add_blocks, &pass, pass.tiles, 0);
     free(pass.sums);
     return result;
@@ -505,9 +524,12 @@ static XLA_FFI_Error *call(XLA_FFI_CallFrame *frame, Call *function, int x, int 
     if (frame->args.size != 2 || frame->rets.size != 1 || frame->attrs.size != ATTRIBUTES)
         return error_of(frame, "convolution: two operands, one result, five integers", XLA_FFI_Error_Code_INVALID_ARGUMENT);
     const XLA_FFI_Buffer *buffers[3] = {frame->args.args[0], frame->args.args[1], frame->rets.rets[0]};
-    for (int i = 0; i < 3; i++)
-        if (buffers[i]->dtype != XLA_FFI_DataType_F32 || buffers[i]->rank != 4)
+    for (int i = 0; i < 3; i++) {
+        int fits = buffers[i]->dtype == XLA_FFI_DataType_F32 && buffers[i]->rank == 4;
+        for (int axis = 0; fits && axis < 4; axis++) fits = buffers[i]->dims[axis] > 0;
+        if (!fits)
             return error_of(frame, "convolution: arrays are float32 of rank 4", XLA_FFI_Error_Code_INVALID_ARGUMENT);
+    }
     int64_t numbers[ATTRIBUTES];
     for (int i = 0; i < ATTRIBUTES; i++) {
         const XLA_FFI_Scalar *scalar = frame->attrs.attrs[i];
