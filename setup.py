@@ -54,7 +54,6 @@ KERNELS = Extension(
 )
 
 
-
 def training_kernels() -> list[Extension]:
     """The convolutions of training, where jaxlib's headers of XLA's foreign function interface are at hand."""
     found = importlib.util.find_spec("jaxlib")

@@ -1,4 +1,4 @@
-"""The training step of the same networks in PyTorch, for ``train_step.py --against=pytorch``: PyTorch must be installed.
+"""The training step of the same networks in PyTorch, for ``train_step.py --against=pytorch``; needs PyTorch.
 
 ASBQ's pre-activation ResNets and its VGG-Small with DoReFa quantizers, written as one writes them in PyTorch, and SGD
 with momentum; each in PyTorch's default layout and with channels last.

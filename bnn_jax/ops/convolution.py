@@ -1,4 +1,4 @@
-"""Convolution in float32 by kernels of our own, for training on a CPU: what XLA does there takes 1.1 to 8 times as long.
+"""Convolution in float32 by kernels of our own, for training and evaluation on a CPU, where XLA's take longer.
 
 The kernels (``kernels/``) are compiled when the package is installed and called through XLA's foreign function
 interface. Where there was no compiler, nothing here is used.

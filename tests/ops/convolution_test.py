@@ -76,7 +76,8 @@ def test_the_order_of_the_sums_does_not_depend_on_which_thread_is_free():
 
 def test_whole_numbers_are_convolved_exactly():
     generator = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(generator.choice([-1.0, 1.0], shape), jnp.float32) for shape in ((2, 6, 6, 64), (3, 3, 64, 32)))
+    shapes = ((2, 6, 6, 64), (3, 3, 64, 32))
+    x, kernel = (jnp.asarray(generator.choice([-1.0, 1.0], shape), jnp.float32) for shape in shapes)
     found = own.convolution(x, kernel, (1, 1), SAME)
     np.testing.assert_array_equal(found, jnp.round(xla(x, kernel, (1, 1), SAME)))
 
