@@ -36,7 +36,9 @@ def test_a_cifar_family_has_every_depth(name, sizes):
     assert (network.stage_sizes, network.widths) == ((sizes,) * 3, (16, 32, 64))
 
 
-@pytest.mark.parametrize(("name", "side"), [("vgg_small", 8), ("vgg_small", 13), ("resnet8", 7), ("hardtanh_mlp", 5)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("vgg_small", 8), ("vgg_small", 13), ("resnet8", 7), ("reactnet8", 7), ("hardtanh_mlp", 5)]
+)
 def test_images_of_any_side_from_the_least_one_on_are_accepted(name, side):
     assert side >= facts_of(name).least_side
     shapes = variable_shapes(networks.build(spec(name), QuantSpec(), num_classes=2), (side, side, 3))
