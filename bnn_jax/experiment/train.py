@@ -182,11 +182,17 @@ def _train_stage(
 
 
 def _make_folder(experiment: Experiment, folder: RunFolder, stage: Stage, source: ImageSource) -> None:
-    place = folder.stage(stage.name)
+    place, known = folder.stage(stage.name), folder.images(stage.name)
+    if known is not None and known["fingerprint"] != source.fingerprint:
+        raise UserError(
+            f"{place} was begun with other pictures than config.data.data_dir has now: put them back, or "
+            f"--stage={stage.name} begins it again"
+        )
     place.mkdir(exist_ok=True)
-    if stage.data.name == "folder":
+    if known is None and stage.data.name == "folder":
         names = data.class_names(stage.data, data_dir=experiment.config["data"]["data_dir"])
-        files.write_json(place / files.IMAGES, {"classes": names, "mean": source.mean, "std": source.std})
+        found = {"classes": names, "mean": source.mean, "std": source.std, "fingerprint": source.fingerprint}
+        files.write_json(place / files.IMAGES, found)
 
 
 def _check_batch(stage: Stage, source: ImageSource) -> None:
