@@ -57,6 +57,9 @@ def find(data_dir: str | None, *, test_fraction: float = 0.0, seed: int = 0) -> 
         pictures = [row for row in pictures if row not in held_out]
         test = train
     else:
+        for name in _visible(test):
+            if (test / name).is_dir() and name not in classes:
+                raise DataError(f"{test / name}: {train} has no such class; accepted are {classes[0]} to {classes[-1]}")
         of_test, more = _scan(test, classes)
         foreign += more
     if not of_test:

@@ -68,7 +68,7 @@ def load(
     if normalization is None:
         normalization = _measured(splits[0], min(MOST_MEASURED, len(found.train)), train, damaged)
     if damaged:
-        more = f"; so are {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        more = f", and {len(damaged) - 1} more like it" if len(damaged) > 1 else ""
         raise DataError(f"{next(iter(damaged.values()))}{more}: mend or remove what cannot be read")
     return ImageSource(spec.name, len(found.classes), *splits, *normalization, crop_margin=margin, notes=notes)
 

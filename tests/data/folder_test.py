@@ -118,7 +118,7 @@ def test_a_folder_that_is_none_says_what_is_accepted(pictures, tmp_path):
 
 def test_a_class_without_training_pictures_is_refused(pictures):
     (pictures / "test" / "dog").mkdir()
-    _refused(pictures, "test/dog is no folder of a class: accepted are Bee to cow")
+    _refused(pictures, "test/dog: .*/train has no such class; accepted are Bee to cow")
     (pictures / "test" / "dog").rename(pictures / "train" / "dog")
     _refused(pictures, "train/dog holds no image: add some, or remove the folder")
 
@@ -169,7 +169,9 @@ def test_of_damaged_pictures_the_first_is_named_and_the_others_are_counted(pictu
     (pictures / "train" / "cow" / "a.jpg").write_bytes(b"")
     (pictures / "train" / "ant" / "a.jpg").write_bytes((pictures / "train" / "ant" / "a.jpg").read_bytes()[:200])
     _refused(
-        pictures, r"train/(cow|ant)/a\.jpg: the image is corrupt .*; so are 2 more: mend or remove", augment=augment
+        pictures,
+        r"train/(cow|ant)/a\.jpg: the image is corrupt .*, and 2 more like it: mend or remove",
+        augment=augment,
     )
 
 
