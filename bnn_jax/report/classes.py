@@ -152,7 +152,7 @@ def plot_mistakes(mistakes: Mistakes, images: np.ndarray, names: Sequence[str], 
     """
     columns = min(5, max(len(images), 1))
     lines = math.ceil(max(len(images), 1) / columns)
-    figure = plots.new_figure(width=max(2.0 * columns, 5.0), height=2.4 * lines + 0.6)
+    figure = plots.new_figure(width=max(2.0 * columns, 5.0), height=2.5 * lines + 0.8)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
