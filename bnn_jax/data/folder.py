@@ -1,6 +1,7 @@
 """What lies in a folder of pictures: ``train/<class>/*`` and ``test/<class>/*``, or ``<class>/*`` alone."""
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -52,7 +53,7 @@ def find(data_dir: str | None, *, test_fraction: float = 0.0, seed: int = 0) -> 
     for label in sorted(set(range(len(classes))) - {label for _, label in pictures}):
         raise DataError(f"{train / classes[label]} holds no image: add some, or remove the folder")
     if test is None:
-        held_out = _held_out(pictures, len(classes), fraction=test_fraction, seed=seed)
+        held_out = _held_out(pictures, fraction=test_fraction, seed=seed)
         of_test = [row for row in pictures if row in held_out]
         pictures = [row for row in pictures if row not in held_out]
         test = train
@@ -117,17 +118,18 @@ def class_names(data_dir: str | None, *, test_fraction: float = 0.0) -> tuple[st
     return names
 
 
-def _held_out(
-    pictures: Sequence[tuple[str, int]], num_classes: int, *, fraction: float, seed: int
-) -> set[tuple[str, int]]:
-    """A share of each class, at least one picture of two or more: those whose names have the lowest hashes."""
+def _held_out(pictures: Sequence[tuple[str, int]], *, fraction: float, seed: int) -> set[tuple[str, int]]:
+    """A share of each class, at least one picture of two or more: those whose names have the lowest hashes.
+
+    The pictures come class after class.
+    """
 
     def draw(row: tuple[str, int]) -> bytes:
         return hashlib.sha256(f"{seed}/{row[0]}".encode()).digest()
 
     chosen: set[tuple[str, int]] = set()
-    for label in range(num_classes):
-        rows = sorted((row for row in pictures if row[1] == label), key=draw)
+    for _, of_class in itertools.groupby(pictures, key=lambda row: row[1]):
+        rows = sorted(of_class, key=draw)
         chosen.update(rows[: min(max(round(fraction * len(rows)), 1), len(rows) - 1)])
     return chosen
 
