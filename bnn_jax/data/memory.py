@@ -159,8 +159,8 @@ def streamed_source(spec: DataSpec, train: Records, test: Records, *, num_classe
     for records, key, asked in ((train, "num_train", spec.num_train), (test, "num_eval", spec.num_eval)):
         count = limit(records.name, key, asked=asked, available=len(records))
         splits.append(StreamedSplit(records, np.arange(count), image_size, spec.decoder))
-    normal = (IMAGENET_MEAN, IMAGENET_STD)
-    return ImageSource(spec.name, num_classes, *splits, *normal, crop_margin=EVALUATION_MARGIN)
+    (first, second), (mean, std) = splits, (IMAGENET_MEAN, IMAGENET_STD)
+    return ImageSource(spec.name, num_classes, first, second, mean, std, crop_margin=EVALUATION_MARGIN)
 
 
 def check_memory(keys: str, count: int, shape: Sequence[int], *, bytes_each: int = 1) -> None:

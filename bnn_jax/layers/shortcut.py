@@ -1,5 +1,7 @@
 """Full-precision shortcuts between any two numbers of channels, without weights."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,5 +46,5 @@ def average_pool(x: jax.Array, stride: int) -> jax.Array:
     """
     if stride == 1:
         return x
-    missing = tuple((0, -side % stride) for side in x.shape[1:3])
+    missing: Any = tuple((0, -side % stride) for side in x.shape[1:3])  # flax calls it a string
     return nn.avg_pool(x, (stride, stride), strides=(stride, stride), padding=missing)

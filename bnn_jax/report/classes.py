@@ -158,7 +158,7 @@ def plot_mistakes(mistakes: Mistakes, images: np.ndarray, names: Sequence[str], 
         axis.set_axis_off()
     for axis, pixels, label, predicted, sure in zip(axes, images, *mistakes[1:]):
         axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        text = f"{_short(names[label])}\ntaken for {_short(names[predicted])}, {sure:.0%}"
+        text = f"{_short(names[int(label)])}\ntaken for {_short(names[int(predicted)])}, {sure:.0%}"
         axis.set_title(text, fontsize=8, color=INK)
     figure.suptitle(title if len(images) else f"{title}: there is none", fontsize=10, color=INK)
     figure.savefig(path, dpi=plots.DOTS_PER_INCH)
