@@ -18,7 +18,7 @@ from bnn_jax.experiment.evaluate import only_test
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import SavedVariables, load_images
 from bnn_jax.quantizers import build_weight
-from bnn_jax.report import pictures, plots
+from bnn_jax.report import flips, pictures, plots
 from bnn_jax.stages import Stage
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics
@@ -31,9 +31,10 @@ def report(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
     """Results of the finished stages, and pictures, saved in the run folder.
 
     ``chain.png`` shows the test accuracies of all stages, ``accuracies.png`` those of training and top-5 beside them.
-    Further ones are those the objectives and quantizers offer, each of the last finished stage that offers it:
-    ``label_bank.png``, ``features.png``, ``pattern_use.png``, ``pattern_motion.png``. What one of these cannot be drawn
-    from (the data set is not at hand) is said on stderr, and the report goes on without it.
+    ``flip_rates.png`` is of the last stage that recorded some. Further ones are those the objectives and quantizers
+    offer, each of the last finished stage that offers it: ``label_bank.png``, ``features.png``, ``pattern_use.png``,
+    ``pattern_motion.png``. What one of these cannot be drawn from (the data set is not at hand) is said on stderr, and
+    the report goes on without it.
 
     Returns:
       ``stages``, the results; ``picture``, the path of the chain's; ``pictures``, the paths of all.
@@ -57,9 +58,17 @@ def report(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
     count, seed = experiment.config["num_seeds"], experiment.config["seed"]
     if count > 1:
         say(f"the chain shows means over {count} seeds, other pictures the first seed, {seed}")
-    drawn = [chain, accuracies, *_draw_offered(experiment, folder, trained)]
+    drawn = [chain, accuracies, *_draw_flip_rates(folder, records), *_draw_offered(experiment, folder, trained)]
     stages = [result for _, result in finished]
     return {"stages": stages, "picture": str(chain), "pictures": [str(path) for path in drawn]}
+
+
+def _draw_flip_rates(folder: RunFolder, records: dict[str, list[dict[str, Any]]]) -> list[Path]:
+    recorded = [name for name, rows in records.items() if flips.has_flip_rates(rows)]
+    path = folder.path / "flip_rates.png"
+    for name in recorded[-1:]:
+        flips.plot_flip_rates(records[name], path, title=f"flip rates of stage {name}")
+    return [path] if recorded else []
 
 
 def _draw_offered(experiment: Experiment, folder: RunFolder, trained: list[Stage]) -> list[Path]:
