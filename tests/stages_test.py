@@ -141,3 +141,8 @@ def test_another_form_of_a_winner_is_refused(text):
 
 def test_a_winner_is_named_by_search_and_fold():
     assert parse_choice("search:evolution#12") == ("evolution", 12)
+
+
+def test_a_field_that_came_later_is_in_the_record_where_it_says_something():
+    assert "mixup" not in to_json(DataSpec("digits"))
+    assert to_json(DataSpec("digits", mixup=0.2))["mixup"] == 0.2

@@ -1,7 +1,7 @@
 """What is checked before anything is trained: whether every stage can be built, and whether its files exist."""
 
 import dataclasses
-import importlib.util
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,19 @@ def check(experiment: Experiment) -> None:
 
 
 def check_packages(config: Mapping[str, Any]) -> None:
-    """Looks whether the packages are installed that a config asks for.
+    """Imports the packages that a config asks for.
 
     Raises:
-      UserError: one is not.
+      UserError: one is not installed, or not whole.
     """
     for (section, name), (module, extra) in PACKAGES.items():
-        if config[section][name] and importlib.util.find_spec(module) is None:
+        if not config[section][name]:
+            continue
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
             what = f"config.{section}.{name}={config[section][name]!r}"
-            raise UserError(f"{what}: {module} is not installed; `pip install 'bnn_jax[{extra}]'`")
+            raise UserError(f"{what}: {' '.join(str(error).split())}; `pip install 'bnn_jax[{extra}]'`") from None
 
 
 def check_seeds(experiment: Experiment) -> None:

@@ -245,8 +245,8 @@ class StageLoop:
         with Progress(self.stage.name, total=epochs * self.steps_per_epoch, done=state.steps_done) as progress:
             for epoch in range(step // self.steps_per_epoch, epochs):
                 # Asked here, so that a run that was ended behind its last epoch ends there too.
-                if metrics.has_stalled(self.records, self.stage.optim.early_stopping):
-                    progress.report(f"ends after epoch {epoch}: the validation images have not got better for long")
+                if metrics.has_stalled(self.records, patience := self.stage.optim.early_stopping):
+                    progress.report(f"ends after epoch {epoch}: no better validation top-1 for {patience} epochs")
                     break
                 state = self.run_epoch(state, epoch, meter, progress, stop)
                 meter = EpochMeter(self._refuse_non_finite)
