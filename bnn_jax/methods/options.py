@@ -51,7 +51,7 @@ def _with_options(config: Mapping[str, Any], stage: Stage) -> Stage:
 
 def _objectives(config: Mapping[str, Any], stage: Stage) -> tuple[Spec, ...]:
     """The stage's terms, of which the cross-entropy with the labels smooths them."""
-    smoothing, mixup, names = config["train"]["label_smoothing"], config["data"]["mixup"], stage.objectives
+    smoothing, mixup = config["train"]["label_smoothing"], config["data"]["mixup"]
     for term in stage.objectives:
         if mixup and term.name not in MIXABLE:
             raise UserError(
@@ -60,7 +60,7 @@ def _objectives(config: Mapping[str, Any], stage: Stage) -> tuple[Spec, ...]:
             )
     if not smoothing:
         return stage.objectives
-    if "cross_entropy" not in [term.name for term in names]:
+    if "cross_entropy" not in [term.name for term in stage.objectives]:
         raise UserError(
             f"config.train.label_smoothing={smoothing!r}: stage {stage.name} has no cross-entropy with the labels; "
             "accepted is 0"

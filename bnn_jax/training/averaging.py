@@ -25,7 +25,7 @@ AVERAGED = ("params", "batch_stats")
 
 
 def with_average(state: TrainState) -> TrainState:
-    """A stage's first state with an average, which nothing of it will be left of after the first step."""
+    """A stage's first state with an average; of its values the first step leaves nothing."""
     # In buffers of their own: the state is donated, and none may be donated twice.
     return state.replace(moving={name: jax.tree.map(jnp.copy, getattr(state, name)) for name in AVERAGED})
 
