@@ -1,7 +1,10 @@
 """What is checked before anything is trained: whether every stage can be built, and whether its files exist."""
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -10,6 +13,13 @@ from bnn_jax.errors import UserError
 from bnn_jax.experiment.build import Experiment, build_network, check_knobs, described_network, of_seed
 from bnn_jax.stages import Stage, parse_reference
 
+# Keys that need a package which is not always there: its module, and the extra that installs it.
+PACKAGES = {
+    ("data", "color_jitter"): ("dm_pix", "augment"),
+    ("log", "tensorboard"): ("tensorboardX", "tensorboard"),
+    ("log", "wandb"): ("wandb", "wandb"),
+}
+
 
 def check(experiment: Experiment) -> None:
     """Builds every stage once in shapes only, so that a mistake shows before anything is trained.
@@ -17,6 +27,7 @@ def check(experiment: Experiment) -> None:
     Raises:
       UserError: what cannot be built.
     """
+    check_packages(experiment.config)
     check_seeds(experiment)
     built = set()
     for stage in experiment.stages:
@@ -29,6 +40,22 @@ def check(experiment: Experiment) -> None:
         if key not in built:
             described_network(experiment, stage)
         built.add(key)
+
+
+def check_packages(config: Mapping[str, Any]) -> None:
+    """Imports the packages that a config asks for.
+
+    Raises:
+      UserError: one is not installed, or not whole.
+    """
+    for (section, name), (module, extra) in PACKAGES.items():
+        if not config[section][name]:
+            continue
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            what = f"config.{section}.{name}={config[section][name]!r}"
+            raise UserError(f"{what}: {' '.join(str(error).split())}; `pip install 'bnn_jax[{extra}]'`") from None
 
 
 def check_seeds(experiment: Experiment) -> None:

@@ -26,6 +26,8 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         normalize=data["normalize"],
         lighting=data["lighting"],
         decoder=data["decoder"],
+        mixup=data["mixup"],
+        color_jitter=data["color_jitter"],
         options=tuple(sorted(options.items())),
     )
 
