@@ -1,7 +1,10 @@
 """What is checked before anything is trained: whether every stage can be built, and whether its files exist."""
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -10,6 +13,13 @@ from bnn_jax.errors import UserError
 from bnn_jax.experiment.build import Experiment, build_network, check_knobs, described_network, of_seed
 from bnn_jax.stages import Stage, parse_reference
 
+# Keys that need a package which is not always there: its module, and the extra that installs it.
+PACKAGES = {
+    ("data", "color_jitter"): ("dm_pix", "augment"),
+    ("log", "tensorboard"): ("tensorboardX", "tensorboard"),
+    ("log", "wandb"): ("wandb", "wandb"),
+}
+
 
 def check(experiment: Experiment) -> None:
     """Builds every stage once in shapes only, so that a mistake shows before anything is trained.
@@ -17,6 +27,7 @@ def check(experiment: Experiment) -> None:
     Raises:
       UserError: what cannot be built.
     """
+    check_packages(experiment.config)
     check_seeds(experiment)
     built = set()
     for stage in experiment.stages:
@@ -29,6 +40,22 @@ def check(experiment: Experiment) -> None:
         if key not in built:
             described_network(experiment, stage)
         built.add(key)
+
+
+def check_packages(config: Mapping[str, Any]) -> None:
+    """Imports the packages that a config asks for.
+
+    Raises:
+      UserError: one is not installed, or not whole.
+    """
+    for (section, name), (module, extra) in PACKAGES.items():
+        if not config[section][name]:
+            continue
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            what = f"config.{section}.{name}={config[section][name]!r}"
+            raise UserError(f"{what}: {' '.join(str(error).split())}; `pip install 'bnn_jax[{extra}]'`") from None
 
 
 def check_seeds(experiment: Experiment) -> None:
@@ -46,14 +73,16 @@ def check_seeds(experiment: Experiment) -> None:
     for stage in experiment.stages:
         if stage.kind == "search":
             raise UserError(f"{what}: stage {stage.name} is a search; accepted with one is 1")
-        if data.SOURCES[stage.data.name].streamed:
+        config = experiment.config
+        if data.reads_while_training(stage.data, data_dir=config["data"]["data_dir"], seed=config["seed"]):
             raise UserError(f"{what}: the images of {stage.data.name} are read while training; accepted with them is 1")
         for index in range(count):
             other = of_seed(experiment, index).find(stage.name)
             if dataclasses.replace(other, seed=stage.seed, init_seed=stage.init_seed) != stage:
                 raise UserError(f"{what}: stage {stage.name} of another seed is another stage; accepted is 1")
-    if experiment.config["data"]["validation_fraction"] > 0:
-        raise UserError(f"{what}: each seed would hold out other images; accepted is config.data.validation_fraction=0")
+    for key in ("validation_fraction", "test_fraction"):
+        if experiment.config["data"][key]:
+            raise UserError(f"{what}: each seed would hold out other images; accepted is config.data.{key}=0")
 
 
 def _check_files(stage: Stage) -> None:

@@ -16,7 +16,7 @@ EXTRA_OBJECTIVE_WEIGHTS = {"feature_swap": 1.0, "label_bank": 0.05, "cluster": 0
 def data_spec(config: Mapping[str, Any]) -> DataSpec:
     """``config.data`` as a ``DataSpec``."""
     data = config["data"]
-    options = {key: data[key] for key in ("image_size", "num_classes") if data[key] is not None}
+    options = {key: data[key] for key in ("image_size", "num_classes", "test_fraction") if data[key] is not None}
     return DataSpec(
         name=data["name"],
         num_train=data["num_train"],
@@ -26,6 +26,8 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         normalize=data["normalize"],
         lighting=data["lighting"],
         decoder=data["decoder"],
+        mixup=data["mixup"],
+        color_jitter=data["color_jitter"],
         options=tuple(sorted(options.items())),
     )
 
