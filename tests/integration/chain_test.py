@@ -9,6 +9,7 @@ import pytest
 
 from bnn_jax.errors import UserError
 from bnn_jax.experiment import train
+from bnn_jax.ops import convolution
 from tests.integration.launching import (
     QUICKSTART,
     STAGES,
@@ -82,6 +83,7 @@ def test_a_result_has_every_promised_key(chain, name):
     assert content["parameters"] == 78_042
     assert len(content["data_fingerprint"]) == len(content["stage_fingerprint"]) == 64
     assert content["versions"]["jax"] and content["device"]
+    assert content["cpu_kernels"] == convolution.choice("auto")
     assert content["images_per_second"] > 0 and content["seconds"] > 0
 
 
