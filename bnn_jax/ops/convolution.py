@@ -70,6 +70,8 @@ def _output_shape(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Paddi
 
 
 def _call(target: str, shape: tuple[int, ...], operands: tuple, strides: Pair, padding: Padding, number: int):
+    if not instruction_sets():
+        raise ValueError("convolution: the kernels were not compiled at installation")
     call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
     # In the order of their names, as the call reads them.
     window = {"instruction_set": number, "pad_left": padding[1][0], "pad_top": padding[0][0]}
@@ -95,6 +97,9 @@ def convolution(
 
     Returns:
       (N, H', W', O), float32.
+
+    Raises:
+      ValueError: there are no kernels.
     """
     return _call(FORWARD, _output_shape(x, kernel, strides, padding), (x, kernel), strides, padding, instruction_set)
 
