@@ -14,7 +14,10 @@ from ml_collections import ConfigDict, config_dict
 from bnn_jax import methods
 from bnn_jax.errors import UserError
 from bnn_jax.keys import (
+    ALL_ABOVE_0,
+    ALL_NAMED,
     ALL_NOT_NEGATIVE,
+    FILE,
     FRACTION,
     NOT_EMPTY,
     NOT_NEGATIVE,
@@ -38,6 +41,13 @@ GENERAL: Section = {
         1, "seeds trained side by side in one program on one accelerator: seed, seed + 1, ...", between(1, 64)
     ),
     "network": Key("resnet20", "network", table="bnn_jax.networks.NETWORKS"),
+    "init_from": Key(
+        None,
+        "run folder or file of weights (PyTorch, .safetensors, .npz, .bnn) that the first stage starts from",
+        FILE,
+        kind=str,
+    ),
+    "freeze": Key((), "patterns of parameters that do not change: 'conv1', 'layer1_*', '**/bn*'", ALL_NAMED, item=str),
     "extra_objectives": Key(
         (),
         "objectives added to the method's own",
@@ -71,6 +81,8 @@ DATA: Section = {
     ),
     "decoder": Key("pillow", "what decodes training images that are read while training", ("pillow", "opencv")),
     "workers": Key(0, "processes that read such images; 0: threads of this process", NOT_NEGATIVE, may_change=True),
+    "mean": Key((), "mean of pixels / 255 by channel; empty: that of the data set", item=float),
+    "std": Key((), "their standard deviation; empty with the mean", ALL_ABOVE_0, item=float),
     "normalize": Key(True, "whether the channels are normalised; else pixels stay in [0, 1]"),
     "lighting": Key("none", "random change of light in training", ("none", "release", "paper")),
     "image_size": Key(
