@@ -6,22 +6,29 @@ network has and the file's has not is filled with the same values. Anything else
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax.catalogue import facts_of
+from bnn_jax.deploy.restart import FOLDED
 from bnn_jax.errors import CheckpointError
+from bnn_jax.layers.norm import BatchNorm, batch_moments
+from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.stages import Stage
 from bnn_jax.storage.fitting import describe
 from bnn_jax.storage.pytorch import Misfit
 
 QUANTIZER = re.compile(r"/(weight|act)_quantizer/")
+EPSILON = BatchNorm.epsilon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,8 @@ def plan(stage: Stage, found: Mapping[str, Any], target: Mapping[str, Any], bran
         for path, leaf in flax.traverse_util.flatten_dict(dict(target), sep="/").items()
         if path.startswith(tuple(f"{name}/" for name in stage.inherit.collections))
     }
-    shapes = {path: tuple(leaf.shape) for path, leaf in found.items() if not path.startswith("knobs/")}
+    shapes = {path: tuple(leaf.shape) for path, leaf in found.items() if not path.startswith(("knobs/", FOLDED))}
+    exported = any(path.startswith(FOLDED) for path in found)
     repeated = {
         path
         for path, shape in wanted.items()
@@ -85,7 +93,7 @@ def plan(stage: Stage, found: Mapping[str, Any], target: Mapping[str, Any], bran
     copied = tuple(path for path, shape in wanted.items() if shapes.get(path) == shape or path in repeated)
     left = [path for path in wanted if path not in copied]
     classifier = [path for path in left if path.startswith(last) and path in shapes]
-    new = [path for path in left if path not in classifier and _may_be_new(path, wanted[path], shapes)]
+    new = [path for path in left if path not in classifier and _may_be_new(path, wanted[path], shapes, exported)]
     missing = [path for path in left if path not in {*classifier, *new}]
     unknown = [path for path in shapes if path not in wanted and not QUANTIZER.search(path)]
     if missing or unknown:
@@ -97,9 +105,12 @@ def plan(stage: Stage, found: Mapping[str, Any], target: Mapping[str, Any], bran
     return Plan(copied, frozenset(repeated), change, tuple(new))
 
 
-def _may_be_new(path: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a variable belongs to a quantizer, as the logits of searched weights do, which have an axis in front."""
-    if QUANTIZER.search(path):
+def _may_be_new(path: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], exported: bool) -> bool:
+    """Whether a variable belongs to a quantizer, as the logits of searched weights do, which have an axis in front.
+
+    In an exported network, small parameters may be part of a threshold that two modules share.
+    """
+    if QUANTIZER.search(path) or (exported and path not in shapes and not path.endswith("/kernel")):
         return True
     if not path.endswith("/kernel") or path not in shapes:
         return False
@@ -115,6 +126,49 @@ def adapted(plan: Plan, found: Mapping[str, Any], fresh: Mapping[str, Any]) -> d
         value = np.asarray(found[path], flat[path].dtype)
         flat[path] = jnp.array(np.broadcast_to(value, flat[path].shape), copy=True)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def calibrated(network: Any, variables: dict[str, Any], images: jax.Array, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables, where they are from an exported network, with statistics of BatchNorms for training.
+
+    Such a file has a factor and a summand, or a threshold, for each channel. Mean and variance are those of the first
+    images; scale and bias are such that the evaluation computes what it did, or, behind a threshold, the same signs of
+    values with a standard deviation of 1.
+
+    Args:
+      network: of the variables.
+      variables: copied ones.
+      images: (N, H, W, C), normalised.
+      found: what they were copied from.
+    """
+    modules = [path.removeprefix(FOLDED) for path in found if path.startswith(FOLDED)]
+    if not modules:
+        return variables
+    flat, moments = flat_arrays(variables), jax.jit(functools.partial(_moments, network))(variables, images)
+    for module in modules:
+        if module not in moments or flat[f"params/{module}/scale"].ndim > 1:
+            continue
+        (mean, var), factor = moments[module], flat[f"params/{module}/scale"]
+        deviation = jnp.sqrt(var + EPSILON)
+        gain = jnp.where(found[f"{FOLDED}{module}"], 1 / deviation, 1.0)
+        flat[f"params/{module}/bias"] = (flat[f"params/{module}/bias"] + mean * factor) * gain
+        flat[f"params/{module}/scale"] = factor * deviation * gain
+        flat[f"batch_stats/{module}/mean"], flat[f"batch_stats/{module}/var"] = mean, var
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _moments(network: Any, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
+    """Mean and variance of what each BatchNorm reads in an evaluation."""
+    moments = {}
+
+    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+            moments["/".join(context.module.path)] = batch_moments(args[0], None)[:2]
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        network.apply(variables, images, evaluation_context(variables))
+    return moments
 
 
 def recomputed(plan: Plan, stage: Stage) -> tuple[str, ...]:

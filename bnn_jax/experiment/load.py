@@ -7,6 +7,8 @@ from typing import Any
 
 from bnn_jax import data, hosts
 from bnn_jax.data.memory import ImageSource
+from bnn_jax.deploy import artefact, restart
+from bnn_jax.deploy.jobs import is_exported
 from bnn_jax.errors import CheckpointError
 from bnn_jax.experiment import adapt, start
 from bnn_jax.experiment.build import Experiment, build_network
@@ -121,6 +123,8 @@ def read_variables(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: missing or damaged.
     """
+    if is_exported(path):
+        return restart.arrays_of(artefact.load(path))
     if path.is_file():
         return read_arrays(path)
     directory, step = describe(path)

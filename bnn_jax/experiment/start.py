@@ -84,7 +84,8 @@ def _adapt(
     plan = adapt.plan(setup.stage, found, setup.shapes, branches=getattr(setup.network, "branches", 1))
     variables = adapt.adapted(plan, found, fresh)
     patterns = adapt.recomputed(plan, setup.stage)
-    return recompute(without(variables, patterns), images) if patterns else variables
+    variables = recompute(without(variables, patterns), images) if patterns else variables
+    return adapt.calibrated(setup.network, variables, images, found)
 
 
 def _first_images(source: ImageSource, order: int, *, batch_size: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Files that cost more than they weigh are refused in two seconds and 4 times their size + 64 MiB, whatever their format;
+"""Files of any format that cost more than they weigh are refused in two seconds and 4 times their size + 64 MiB;
 real ones load.
 """
 
