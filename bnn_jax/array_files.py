@@ -77,7 +77,7 @@ def read_record(archive: zipfile.ZipFile, name: str, record: zipfile.ZipInfo | N
     if record is None:
         raise UserError(f"damaged: record {shown(name)} is missing")
     if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or record.flag_bits & 1:
-        raise UserError(f"record {shown(name)} is encrypted or packed in a way PyTorch and numpy do not use")
+        raise UserError(f"record {shown(name)} is encrypted or packed in a way that is not read")
     content, end = bytearray(record.file_size), 0
     try:
         with archive.open(record) as stream:

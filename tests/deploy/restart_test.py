@@ -58,14 +58,15 @@ def restarted(name: str, path: Any) -> tuple[Any, dict[str, Any], np.ndarray, np
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_variables_of_a_file_compute_what_it_computes(tmp_path, name):
     network, variables, images, answer = restarted(name, tmp_path)
-    logits = network.apply(variables, images, evaluation_context(variables)).logits
+    logits = jax.jit(lambda v, x: network.apply(v, x, evaluation_context(v)).logits)(variables, images)
     # Factors and summands were folded in float32 twice.
     np.testing.assert_allclose(logits, answer, rtol=1e-4, atol=1e-4)
 
 
 def test_the_statistics_are_those_of_the_images_so_that_training_sees_the_same_values(tmp_path):
     network, variables, images, answer = restarted("real", tmp_path)
-    logits = network.apply(variables, images, QuantContext(train=True), mutable=["batch_stats"])[0].logits
+    training = QuantContext(train=True)
+    logits = jax.jit(lambda v, x: network.apply(v, x, training, mutable=["batch_stats"])[0].logits)(variables, images)
     np.testing.assert_allclose(logits, answer, rtol=1e-3, atol=1e-3)
 
 
