@@ -92,7 +92,7 @@ def plan(stage: Stage, found: Mapping[str, Any], target: Mapping[str, Any], bran
     }
     copied = tuple(path for path, shape in wanted.items() if shapes.get(path) == shape or path in repeated)
     left = [path for path in wanted if path not in copied]
-    classifier = [path for path in left if path.startswith(last) and path in shapes]
+    classifier = [path for path in left if path.startswith(last) and len(shapes.get(path, ())) == len(wanted[path])]
     new = [path for path in left if path not in classifier and _may_be_new(path, wanted[path], shapes, exported)]
     missing = [path for path in left if path not in {*classifier, *new}]
     unknown = [path for path in shapes if path not in wanted and not QUANTIZER.search(path)]

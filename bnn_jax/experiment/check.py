@@ -12,9 +12,7 @@ from bnn_jax.experiment import adapt
 from bnn_jax.experiment.build import Experiment, build_network, check_knobs, described_network, of_seed
 from bnn_jax.experiment.load import naming_what_fits, read_variables
 from bnn_jax.stages import Stage, parse_reference
-from bnn_jax.storage.torch_files import errors_name
 from bnn_jax.training.frozen import check_patterns, matching
-from bnn_jax.training.progress import say
 
 
 def check(experiment: Experiment) -> None:
@@ -40,7 +38,7 @@ def check(experiment: Experiment) -> None:
 
 
 def _check_start(experiment: Experiment, stage: Stage, network: Any, shapes: dict[str, Any]) -> list[str]:
-    """Says what a stage takes over from a file; returns the paths of its parameters.
+    """Looks whether a stage can start from its file; returns the paths of its parameters if some are frozen.
 
     Raises:
       CheckpointError: the file is damaged or of another network.
@@ -48,10 +46,8 @@ def _check_start(experiment: Experiment, stage: Stage, network: Any, shapes: dic
     """
     if path := adapt.source_of(stage):
         image_shape, _ = experiment.describe(stage)
-        with naming_what_fits(image_shape), errors_name(path):
-            plan = adapt.plan(stage, read_variables(path), shapes, branches=getattr(network, "branches", 1))
-        for line in plan.describe(stage):
-            say(line)
+        with naming_what_fits(image_shape, path):
+            adapt.plan(stage, read_variables(path), shapes, branches=getattr(network, "branches", 1))
     paths = list(adapt.flat_arrays(shapes["params"]))
     frozen = matching(stage.freeze, paths)
     if stage.freeze and stage.kind == "train" and len(frozen) == len(paths):

@@ -100,7 +100,7 @@ def load_checkpoint(path: Path, target: dict[str, Any], *, image_shape: tuple[in
     if not path.exists():
         raise CheckpointError(f"--checkpoint={path}: no such file or folder")
     if path.is_file():
-        with naming_what_fits(image_shape):
+        with naming_what_fits(image_shape, path):
             return import_file(path, target)
     directory, step = describe(path)
     with CheckpointStore(directory, read_only=True) as store:
@@ -108,13 +108,13 @@ def load_checkpoint(path: Path, target: dict[str, Any], *, image_shape: tuple[in
 
 
 @contextlib.contextmanager
-def naming_what_fits(image_shape: tuple[int, int, int]) -> Iterator[None]:
-    """Adds to an error about a file of another network the names of those that it fits."""
+def naming_what_fits(image_shape: tuple[int, int, int], path: Path) -> Iterator[None]:
+    """Adds to an error about a file of another network its path and the names of the networks that it fits."""
     try:
         yield
     except Misfit as error:
         names = networks_that_fit(error.found, image_shape)
-        raise CheckpointError(f"{error}; it fits {', '.join(names) or 'no network here'}") from None
+        raise CheckpointError(f"{path}: {error}; it fits {', '.join(names) or 'no network here'}") from None
 
 
 def read_variables(path: Path) -> dict[str, Any]:

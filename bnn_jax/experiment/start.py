@@ -27,6 +27,7 @@ from bnn_jax.storage.weights import encoded_weights, put_base
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.epoch_sums import zero_metric_sums
 from bnn_jax.training.loop import Setup
+from bnn_jax.training.progress import say
 from bnn_jax.training.state import TrainState
 
 COLLECTIONS = ("params", "batch_stats", "quant_state")
@@ -56,6 +57,9 @@ def first_variables(setup: Setup, inherited: Inherited | None) -> list[dict[str,
     stage, seeds, found = setup.stage, setup.seeds, []
     init, recompute = init_program(setup.network), recompute_program(setup.network)
     knobs = {name: schedule(jnp.int32(0)) for name, schedule in setup.parts.knobs.items()}
+    if inherited is not None and adapt.source_of(stage):
+        for line in _plan(setup, inherited.variables[0]).describe(stage):
+            say(line)
     for index, (order, initial) in enumerate(zip(seeds.orders, seeds.initials, strict=True)):
         images = _first_images(setup.source, order, batch_size=stage.optim.batch_size)
         variables = init(jax.random.key(initial), images, knobs)
@@ -81,11 +85,15 @@ def _inherit(setup: Setup, network: Any, copied: dict[str, Any], *, fresh: dict[
 def _adapt(
     setup: Setup, found: dict[str, Any], fresh: dict[str, Any], images: jax.Array, recompute: Callable[..., Any]
 ) -> dict[str, Any]:
-    plan = adapt.plan(setup.stage, found, setup.shapes, branches=getattr(setup.network, "branches", 1))
+    plan = _plan(setup, found)
     variables = adapt.adapted(plan, found, fresh)
     patterns = adapt.recomputed(plan, setup.stage)
     variables = recompute(without(variables, patterns), images) if patterns else variables
     return adapt.calibrated(setup.network, variables, images, found)
+
+
+def _plan(setup: Setup, found: dict[str, Any]) -> adapt.Plan:
+    return adapt.plan(setup.stage, found, setup.shapes, branches=getattr(setup.network, "branches", 1))
 
 
 def _first_images(source: ImageSource, order: int, *, batch_size: int) -> jax.Array:

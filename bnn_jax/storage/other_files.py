@@ -51,9 +51,7 @@ def import_file(path: Path, target: Mapping[str, Any]) -> dict[str, Any]:
       Misfit: the file is of another network.
       CheckpointError: it is missing, damaged, hostile or of another format.
     """
-    found = read_arrays(path)
-    with errors_name(path):
-        return import_arrays(found, target)
+    return import_arrays(read_arrays(path), target)
 
 
 def _kind(file: BoundedFile) -> str:

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ IDENTITY = spec("identity")
 
 
 def fresh(**options) -> dict:
-    return tiny.variables(tiny.TinyNetwork(**options))
+    network: Any = tiny.TinyNetwork(**options)
+    return tiny.variables(network)
 
 
 def saved(**options) -> dict:

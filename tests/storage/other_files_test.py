@@ -72,7 +72,7 @@ def test_another_format_is_refused_with_those_that_are_read(tmp_path, content, r
 
 
 def test_the_weights_in_use_of_a_stage_are_no_network(tmp_path):
-    np.savez(tmp_path / "weights.npz", **{"conv/kernel": np.zeros(2), "conv/levels": np.zeros(2)})
+    as_npz(tmp_path / "weights.npz", {"conv/kernel": np.zeros(2), "conv/levels": np.zeros(2)})
     with pytest.raises(CheckpointError, match=r"weights\.npz: the weights in use of a stage.*name the stage's folder"):
         read_arrays(tmp_path / "weights.npz")
 

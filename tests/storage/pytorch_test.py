@@ -550,7 +550,7 @@ def without(name):
 )
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, state, reason):
     path = save(tmp_path / "x.pth", state)
-    with pytest.raises(CheckpointError, match=rf"^{path}: checkpoint of another network: .*{reason}"):
+    with pytest.raises(CheckpointError, match=rf"^checkpoint of another network: .*{reason}"):
         import_file(path, small_target())
 
 

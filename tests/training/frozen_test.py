@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_near_paths():
         check_patterns(("fc", "layer1.0/conv1"), PATHS)
 
 
-def stepped(*patterns: str, network: tiny.TinyNetwork = tiny.TinyNetwork(), **options):  # noqa: B008 - frozen
+def stepped(*patterns: str, network: Any = tiny.TinyNetwork(), **options):  # noqa: B008 - frozen
     """A state before and after three steps with a large weight decay, and the metrics of the last one."""
     frozen = frozen_part(patterns, tiny.variables(network)["params"])
     parts = tiny.parts(network=network, augment="none", frozen=frozen, **options)
