@@ -94,6 +94,8 @@ def described_run(experiment: Experiment, stage: Stage, source: ImageSource) -> 
         "seed": experiment.config["seed"],
         "data": stage.data.name,
         "data_fingerprint": source.fingerprint,
+        "data_mean": list(source.mean),
+        "data_std": list(source.std),
         "stage_fingerprint": fingerprint(stage, experiment.stages),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         **provenance(),
