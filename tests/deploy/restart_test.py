@@ -35,7 +35,6 @@ class Chain(nn.Module):
 
 NETWORKS = {
     "real": (Tiny(spec("identity"), spec("identity")), (9, 9, 3)),
-    "binary": (Tiny(spec("irnet"), spec("sign")), (9, 9, 3)),
     "thresholds": (Chain(), (9, 9, 3)),
 }
 
