@@ -19,6 +19,7 @@ class Facts:
       behind_relu: whether quantized layers read what a ReLU leaves, so that no input is negative.
       searched: whether it is a supernet of BASQ's.
       dense: whether it has dense layers only; the first one is then quantized too.
+      least_side: images of so many pixels per side, or more, are accepted.
     """
 
     inits: tuple[str, str] = ("uniform", "he_normal")
@@ -30,25 +31,30 @@ class Facts:
     behind_relu: bool = False
     searched: bool = False
     dense: bool = False
+    least_side: int = 1
 
 
+# Of networks whose stem and stages divide the side by 32, which leaves 2x2; of three poolings, which leave 1x1.
+IMAGENET_SIDE, VGG_SIDE = 64, 8
 FAN_IN, FAN_OUT = ("he_fan_in_normal", "he_fan_in_normal"), ("he_normal", "he_normal")
 
 # By pattern of the whole name; the first that fits holds.
 _FACTS: tuple[tuple[str, Facts], ...] = (
-    (r"resnet(18|34)", Facts(asbq_blocks=("imagenet",))),
+    (r"resnet(18|34)", Facts(asbq_blocks=("imagenet",), least_side=IMAGENET_SIDE)),
     (r"resnet\d+(_cifar)?", Facts(asbq_blocks=("release", "checkpoint"))),
-    (r"vgg_small", Facts(first_layer="conv0", quantized_first=True)),
-    (r"hardtanh_resnet18", Facts(released_init="he_normal")),
+    (r"vgg_small", Facts(first_layer="conv0", quantized_first=True, least_side=VGG_SIDE)),
+    (r"hardtanh_resnet18", Facts(released_init="he_normal", least_side=IMAGENET_SIDE)),
     (r"hardtanh_resnet\d+(_cifar)?", Facts(released_init="he_fan_in_normal")),
-    (r"hardtanh_vgg_small", Facts(released_init="he_normal", first_layer="conv0")),
+    (r"hardtanh_vgg_small", Facts(released_init="he_normal", first_layer="conv0", least_side=VGG_SIDE)),
     (r"hardtanh_mlp", Facts(last_layer="fc4", dense=True)),
-    (r"standard_resnet(18|34|50)", Facts(inits=FAN_OUT, behind_relu=True)),
+    (r"standard_resnet(18|34|50)", Facts(inits=FAN_OUT, behind_relu=True, least_side=IMAGENET_SIDE)),
     (r"standard_resnet\d+(_cifar|_projection)?", Facts(inits=FAN_IN, behind_relu=True)),
-    (r"standard_vgg_small", Facts(inits=FAN_OUT, first_layer="conv0", behind_relu=True)),
+    (r"standard_vgg_small", Facts(inits=FAN_OUT, first_layer="conv0", behind_relu=True, least_side=VGG_SIDE)),
+    (r"reactnet(18|34)", Facts(inits=("uniform", "uniform"), least_side=IMAGENET_SIDE)),
     (r"reactnet\d+(_cifar)?", Facts(inits=("uniform", "uniform"))),
     # The quantized layers start small, the first convolution as PyTorch's do.
-    (r"basq_.*", Facts(inits=("uniform_hundredth", "uniform"), searched=True)),
+    (r"basq_.*_cifar", Facts(inits=("uniform_hundredth", "uniform"), searched=True)),
+    (r"basq_.*", Facts(inits=("uniform_hundredth", "uniform"), searched=True, least_side=IMAGENET_SIDE)),
 )
 
 

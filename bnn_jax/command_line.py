@@ -311,13 +311,17 @@ def _summary(experiment: Any, _: Any, values: Any) -> dict[str, Any]:
 def _report(experiment: Any, folder: Any, _: Any) -> dict[str, Any]:
     from bnn_jax.experiment.report import report
     from bnn_jax.experiment.results import winners
-    from bnn_jax.report import tables
+    from bnn_jax.report import classes, tables
 
     result = report(experiment, folder)
     tables.show(tables.results_table(result["stages"]))
     _show_winners(winners(folder), result)
+    if "classes" in result:
+        tables.show(classes.classes_table(result["classes"], stage=result["classified_by"]))
     for path in result["pictures"]:
         print(f"picture: {path}")
+    for path in result.get("numbers", ()):
+        print(f"numbers: {path}")
     return result
 
 

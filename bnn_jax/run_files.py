@@ -63,6 +63,8 @@ WORDS = Value(
 )
 RNG = (Value("'MT19937'", lambda value: value == "MT19937"), WORDS, whole(0, 624), whole(0, 1), NUMBER)
 
+TEXT = Value("a text", lambda value: isinstance(value, str))
+IMAGES = {"classes": [TEXT], "mean": (NUMBER,) * 3, "std": (NUMBER,) * 3, "fingerprint": NAME}
 CONFIG = {"config": OBJECT, "stages": [OBJECT]}
 FINISHED = {"stage": NAME, "stage_fingerprint": NAME, "bits": NUMBER, "seconds": NUMBER}
 TRAINED = {

@@ -21,6 +21,7 @@ LAYERS = {
     "keys": 1,
     "files": 1,
     "hosts": 1,
+    "picture_files": 1,
     "restricted_pickle": 1,
     "run_files": 1,
     "schedules": 1,
@@ -51,10 +52,11 @@ ONLY = {
     "hosts": {"errors"},
     "run_files": {"errors"},
     "array_files": {"errors", "restricted_pickle", "run_files"},
+    "picture_files": set(),
     "schedules": {"stages"},
     "ops": set(),
     "methods": {"stages", "errors", "keys", "knobs", "catalogue"},
-    "data": {"stages", "errors", "files", "restricted_pickle"},
+    "data": {"stages", "errors", "files", "picture_files", "restricted_pickle"},
     "search": {"errors"},
 }
 # What it may import from elsewhere besides the standard library, where that is restricted.
@@ -69,6 +71,7 @@ OUTSIDE = {
     "restricted_pickle": {"numpy"},
     "array_files": {"numpy"},
     "run_files": set(),
+    "picture_files": {"PIL", "numpy"},
     "schedules": {"jax"},
     "ops": {"jax"},
     "methods": {"ml_collections"},

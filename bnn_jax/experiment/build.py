@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax import data, methods, networks, objectives, quantizers, schedules
+from bnn_jax.catalogue import facts_of
 from bnn_jax.data.augment import prepare_train
 from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import UserError
@@ -121,13 +122,14 @@ def described_network(experiment: Experiment, stage: Stage) -> tuple[Any, dict[s
     """
     image_shape, num_classes = experiment.describe(stage)
     network = build_network(stage, num_classes)
+    what = f"stage {stage.name}: network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
+    least = facts_of(stage.network.name).least_side
+    if min(image_shape[:2]) < least:
+        raise UserError(f"{what}: they are too small; accepted are {least}x{least} and larger")
     try:
         return network, start.variable_shapes(network, image_shape)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
-        # Nothing is left of a feature map after too many strides, and a mean over it divides by zero.
-        why = "they are too small" if isinstance(error, ZeroDivisionError) else " ".join(str(error).split())
-        raise UserError(f"stage {stage.name}: {what}: {why}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def build_objectives(stage: Stage) -> tuple[Objective, ...]:

@@ -70,14 +70,16 @@ def check_seeds(experiment: Experiment) -> None:
     for stage in experiment.stages:
         if stage.kind == "search":
             raise UserError(f"{what}: stage {stage.name} is a search; accepted with one is 1")
-        if data.SOURCES[stage.data.name].streamed:
+        config = experiment.config
+        if data.reads_while_training(stage.data, data_dir=config["data"]["data_dir"], seed=config["seed"]):
             raise UserError(f"{what}: the images of {stage.data.name} are read while training; accepted with them is 1")
         for index in range(count):
             other = of_seed(experiment, index).find(stage.name)
             if dataclasses.replace(other, seed=stage.seed, init_seed=stage.init_seed) != stage:
                 raise UserError(f"{what}: stage {stage.name} of another seed is another stage; accepted is 1")
-    if experiment.config["data"]["validation_fraction"] > 0:
-        raise UserError(f"{what}: each seed would hold out other images; accepted is config.data.validation_fraction=0")
+    for key in ("validation_fraction", "test_fraction"):
+        if experiment.config["data"][key]:
+            raise UserError(f"{what}: each seed would hold out other images; accepted is config.data.{key}=0")
 
 
 def _check_files(stage: Stage) -> None:

@@ -88,6 +88,9 @@ DATA: Section = {
     "image_size": Key(
         None, "side in pixels, for ImageNet, a folder of images, generated and embedded images", SIDE, kind=int
     ),
+    "test_fraction": Key(
+        None, "share of each class held out for the test, for a folder without test pictures", FRACTION, kind=float
+    ),
     "num_classes": Key(None, "number of classes, for generated images only", at_least(2), kind=int),
 }
 

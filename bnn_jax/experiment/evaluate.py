@@ -13,7 +13,7 @@ from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, described_network, of_seed, seeds_of
 from bnn_jax.experiment.check import check_seeds
 from bnn_jax.experiment.folder import RunFolder
-from bnn_jax.experiment.load import SavedVariables, load_checkpoint, load_images
+from bnn_jax.experiment.load import SavedVariables, load_checkpoint, load_images, normalization_of
 from bnn_jax.experiment.search import folds_of, searched_split
 from bnn_jax.stages import DataSpec, Stage, parse_choice
 from bnn_jax.training.devices import Devices, all_devices
@@ -42,7 +42,8 @@ def evaluate(
     stage = found.stage
     if found.of_one_seed:
         experiment = of_seed(experiment, 0)
-    devices, source = all_devices(), load_images(experiment.config, only_test(stage.data))
+    normalization = normalization_of(experiment, folder, stage) if found.trained_here else None
+    devices, source = all_devices(), load_images(experiment.config, only_test(stage.data), normalization)
     evaluator = make_evaluator(experiment, folder, stage, found.network, source, devices, only_test=True)
     result = evaluator(devices.replicate(found.variables), "test")
     assert result is not None  # only asked to stop could it be

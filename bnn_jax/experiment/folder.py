@@ -2,8 +2,8 @@
 
 ``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``; a finished stage has
 ``metrics.csv`` and, where its weights are quantized, ``weights.npz`` too (of several seeds ``weights_seed_<n>.npz``,
-one for each). Nothing here deletes anything: what is in the
-way is moved aside to ``<name>.old-<N>``. Of several processes the first one writes.
+one for each), one that is trained on a folder of pictures ``images.json``. Nothing here deletes anything: what is in
+the way is moved aside to ``<name>.old-<N>``. Of several processes the first one writes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ MOST_KEYS_SHOWN = 5
 # A file system in a network may show what another host wrote some seconds later.
 SHARED_SECONDS = 30.0
 CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.jsonl", "result.json"
-METRICS_TABLE, WEIGHTS = "metrics.csv", "weights.npz"
+IMAGES, METRICS_TABLE, WEIGHTS = "images.json", "metrics.csv", "weights.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,14 @@ class RunFolder:
         stage = self.stages[self.names.index(name)]
         trained = run_files.WINNER if stage.trains_winner else run_files.TRAINED
         return run_files.read(self.stage(name) / RESULT, run_files.SEARCHED if stage.kind == "search" else trained)
+
+    def images(self, name: str) -> dict[str, Any] | None:
+        """Classes and normalisation of the pictures that a stage was trained on; None where they are the data set's.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        return run_files.read(self.stage(name) / IMAGES, run_files.IMAGES)
 
     def fold(self, search: str, fold: int) -> Path:
         """The file with what a search found on a fold."""

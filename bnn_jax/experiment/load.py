@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from bnn_jax import data, hosts
-from bnn_jax.data.memory import ImageSource
+from bnn_jax.data.memory import ImageSource, Normalization
 from bnn_jax.deploy import artefact, restart
 from bnn_jax.deploy.jobs import is_exported
-from bnn_jax.errors import CheckpointError
+from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.experiment import adapt, start
 from bnn_jax.experiment.build import Experiment, build_network
 from bnn_jax.experiment.folder import RunFolder
@@ -24,9 +24,27 @@ from bnn_jax.training.loop import Setup
 from bnn_jax.training.seeds import Seeds
 
 
-def load_images(config: Mapping[str, Any], spec: DataSpec) -> ImageSource:
-    """The images of a stage, as the config says where they lie."""
-    return data.build(spec, data_dir=config["data"]["data_dir"], seed=config["seed"], progress=hosts.is_first())
+def load_images(config: Mapping[str, Any], spec: DataSpec, normalization: Normalization | None = None) -> ImageSource:
+    """The images of a stage, as the config says where they lie; of a folder's pictures normalised as is known."""
+    where = {"data_dir": config["data"]["data_dir"], "seed": config["seed"], "progress": hosts.is_first()}
+    return data.build(spec, **where, normalization=normalization)
+
+
+def normalization_of(experiment: Experiment, folder: RunFolder, stage: Stage) -> Normalization | None:
+    """How a stage's training normalises the pictures of a folder; None before it begins, and for other data sets.
+
+    Raises:
+      UserError: the folder has other classes by now.
+    """
+    known = folder.images(stage.name)
+    if known is None:
+        return None
+    now = list(data.class_names(stage.data, data_dir=experiment.config["data"]["data_dir"]))
+    if now != known["classes"]:
+        before, after = (f"{len(names)} classes, {names[0]} to {names[-1]}" for names in (known["classes"], now))
+        where = folder.stage(stage.name)
+        raise UserError(f"{where} was trained on {before}: config.data.data_dir now has {after}")
+    return Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
 class SavedVariables:

@@ -18,7 +18,7 @@ EXTRA_OBJECTIVE_WEIGHTS = {"feature_swap": 1.0, "label_bank": 0.05, "cluster": 0
 def data_spec(config: Mapping[str, Any]) -> DataSpec:
     """``config.data`` as a ``DataSpec``."""
     data = config["data"]
-    options = {key: data[key] for key in ("image_size", "num_classes") if data[key] is not None}
+    options = {key: data[key] for key in ("image_size", "num_classes", "test_fraction") if data[key] is not None}
     mean, std = data["mean"], data["std"]
     if len(mean) != len(std) or (mean and not data["normalize"]):
         raise UserError(

@@ -114,7 +114,7 @@ def plot_label_bank(
     figure = new_figure(width=side + 0.9, height=side)
     axis = figure.subplots()
     _draw_bank(figure, axis, bank, quantity=quantity)
-    _name_classes(axis, class_names)
+    name_classes(axis, class_names)
     unknown = int(np.isnan(bank).all(axis=1).sum())
     note = f"; gray: no row for {unknown} of {count} classes" if unknown else ""
     axis.set_title(f"{title}\n{quantity} of the images classified right{note}", fontsize=10, color=INK)
@@ -320,7 +320,7 @@ def _draw_bank(figure: Any, axis: Any, bank: np.ndarray, *, quantity: str) -> No
             axis.text(column, row, number, ha="center", va="center", color=ink, fontsize=size, weight=weight)
 
 
-def _name_classes(axis: Any, class_names: Sequence[str]) -> None:
+def name_classes(axis: Any, class_names: Sequence[str]) -> None:
     """Names at rows and columns; of many classes only some numbers."""
     if len(class_names) <= MOST_NAMED_CLASSES:
         slanted = max(map(len, class_names)) > 2

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax import run_files
+from bnn_jax.data.augment import RANDOM_CROPS
 from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.schedules import Schedule
@@ -285,7 +286,7 @@ class StageLoop:
             first=first,
             length=self.dispatch_length,
             parts=optim.accumulation_steps,
-            random_crops=(self.stage.seed, epoch),
+            random_crops=(self.stage.seed, epoch) if self.setup.source.augment == RANDOM_CROPS else None,
         )
 
     def _evaluate(self, state: TrainState, meter: EpochMeter, stop: StopRequest) -> dict[str, dict[str, Any]]:
