@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.integration.launching import STAGES, launch_here, launch_well, refused, rungs, saved_arrays
+from tests.integration.launching import STAGES, TWO_RUNGS, launch_here, launch_well, refused, rungs, saved_arrays
 
 START = (*rungs(1, epochs=1), "--config.data.num_classes=3")
 FREEZE = "--config.freeze=('conv1','layer1_0')"
@@ -20,12 +20,14 @@ def test_a_run_starts_from_another_with_new_classes_and_frozen_layers(two_rungs,
         equal = before[path].shape == after[path].shape and np.array_equal(before[path], after[path])
         assert equal or not frozen, path
     assert after["params/fc/kernel"].shape[-1] == 3
-    # A finished run is a file to start from, too, and what was exported of it.
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_exported_network(two_rungs, tmp_path):
     exported = tmp_path / "network.bnn"
-    options = (*START, f"--config.init_from=file:{source}", FREEZE, f"--workdir={tmp_path / 'run'}")
-    launch_well(*options, "--mode=export", f"--output={exported}")
-    again = launch_well(*START, f"--config.init_from=file:{exported}", f"--workdir={tmp_path / 'again'}")
-    assert f"starts from {exported}" in again.stderr
+    launch_well(*TWO_RUNGS, f"--workdir={two_rungs}", "--mode=export", f"--output={exported}")
+    finished = launch_well(*START, f"--config.init_from=file:{exported}", f"--workdir={tmp_path / 'run'}")
+    assert f"starts from {exported}" in finished.stderr and "10 classes there, 3 here" in finished.stderr
 
 
 @pytest.mark.parametrize(
