@@ -80,6 +80,8 @@ class DataSpec:
       lighting: random change of light of the training images: 'none', 'release' or 'paper', see ``data.augment``.
       options: further options of the source, such as the image size of generated images.
       decoder: what decodes training images that are read while training: 'pillow' or 'opencv'; their pixels differ.
+      mixup: alpha of the distribution that training images are mixed by, see ``training.mixup``; 0 mixes none.
+      color_jitter: strength of the random change of colours in training, see ``data.color``; 0 changes none.
     """
 
     name: str
@@ -93,6 +95,8 @@ class DataSpec:
     options: tuple[tuple[str, Any], ...] = ()
     lighting: str = "none"
     decoder: str = "pillow"
+    mixup: float = added(0.0)
+    color_jitter: float = added(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +129,7 @@ class OptimSpec:
     """How the parameters are optimised.
 
     Attributes:
-      optimizer: 'sgd' (options momentum, nesterov, dampening) or 'adam' (options b1, b2, eps).
+      optimizer: 'sgd' (options momentum, nesterov, dampening), 'adam' or 'adamw' (options b1, b2, eps).
       learning_rate: schedule of the learning rate; its boundaries are in epochs.
       epochs: number of passes over the training images.
       batch_size: global batch size in images.
@@ -137,6 +141,10 @@ class OptimSpec:
         GPUs). 'freeze': nothing moves them and their optimiser's clock stands (PyTorch from 2.0 on, on one GPU).
       accumulation_steps: parts of a batch that pass through the network one after another; the step is taken along
         their mean gradient. BatchNorm normalises each part by itself.
+      ema_decay: decay of the average over the steps that evaluation, export, teachers and later stages use in place of
+        the weights, see ``training.averaging``; 0 averages nothing.
+      early_stopping: epochs in a row without a better top-1 on the validation images after which the stage ends; 0: it
+        never ends early.
     """
 
     optimizer: Spec
@@ -148,6 +156,8 @@ class OptimSpec:
     gradient_clip_norm: float | None = None
     unselected_branches: Literal["decay", "freeze"] = "decay"
     accumulation_steps: int = 1
+    ema_decay: float = added(0.0)
+    early_stopping: int = added(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +229,7 @@ class Stage:
         needs less memory.
       log_train_top5: whether top-5 accuracy is recorded in training too.
       freeze: patterns of the parameters that training leaves as they are, see ``training.frozen``.
+      log_flip_rate: whether the share of quantized weights that changed their sign is recorded, by layer.
     """
 
     name: str
@@ -242,6 +253,7 @@ class Stage:
     log_train_top5: bool = False
     remat: bool = False
     freeze: tuple[str, ...] = added(())
+    log_flip_rate: bool = added(False)
 
     @property
     def trains_winner(self) -> bool:

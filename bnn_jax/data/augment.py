@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax.data.color import jitter
 from bnn_jax.errors import DataError
 from bnn_jax.picture_files import decode
 
@@ -32,7 +33,7 @@ AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", RANDOM_CROPS, "n
 LIGHTINGS = ("none", "release", "paper")
 
 # Stream of random numbers apart from the crops': a batch is cropped in the same way with and without other light.
-LIGHTING = 1
+LIGHTING, JITTER = 1, 2
 
 # How the three colours of ImageNet's pixels (0 to 1) vary together: standard deviations along the axes (columns).
 LIGHT_DEVIATIONS = (0.2175, 0.0188, 0.0045)
@@ -57,6 +58,7 @@ def prepare_train(
     augment: str,
     pad: int,
     lighting: str = "none",
+    color_jitter: float = 0.0,
 ) -> jax.Array:
     """Augments and normalises a training batch.
 
@@ -69,6 +71,7 @@ def prepare_train(
         (the images are cropped already: they are only flipped) or 'none'.
       pad: zero padding in pixels per side.
       lighting: 'none', 'release' or 'paper', see ``change_light``.
+      color_jitter: strength of ``color.jitter``; 0 leaves the colours alone.
 
     Returns:
       float32 (N, H, W, C).
@@ -90,6 +93,8 @@ def prepare_train(
         # An image's light is the same at all its pixels, so that it makes no difference to have flipped it before.
         draws = jax.random.normal(jax.random.fold_in(key, LIGHTING), (images.shape[0], 3))
         images = change_light(images, draws, in_pixel_units=lighting == "paper")
+    if color_jitter:
+        images = jitter(images, jax.random.fold_in(key, JITTER), color_jitter)
     return prepare_eval(images, mean=mean, std=std)
 
 

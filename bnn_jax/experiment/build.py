@@ -190,6 +190,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
             augment=source.augment,
             pad=source.pad,
             lighting=stage.data.lighting,
+            color_jitter=stage.data.color_jitter,
         ),
         knobs={name: schedules.build(knob, **timing) for name, knob in stage.knobs},
         teacher=build_network(experiment.teacher_stage(stage), source.num_classes) if needs_teacher(terms) else None,
@@ -198,5 +199,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
         choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,
         accumulation_steps=stage.optim.accumulation_steps,
         frozen=frozen,
+        mixup=stage.data.mixup,
+        ema_decay=stage.optim.ema_decay,
     )
     return Setup(stage, source, schedule, network, parts, shapes, seeds_of(experiment, stage))

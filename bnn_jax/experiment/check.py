@@ -1,6 +1,8 @@
 """What is checked before anything is trained: whether every stage can be built, and whether its files exist."""
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,13 @@ from bnn_jax.experiment.load import naming_what_fits, read_variables
 from bnn_jax.stages import Stage, parse_reference
 from bnn_jax.training.frozen import check_patterns, matching
 
+# Keys that need a package which is not always there: its module, and the extra that installs it.
+PACKAGES = {
+    ("data", "color_jitter"): ("dm_pix", "augment"),
+    ("log", "tensorboard"): ("tensorboardX", "tensorboard"),
+    ("log", "wandb"): ("wandb", "wandb"),
+}
+
 
 def check(experiment: Experiment) -> None:
     """Builds every stage once in shapes only, so that a mistake shows before anything is trained.
@@ -21,6 +30,7 @@ def check(experiment: Experiment) -> None:
     Raises:
       UserError: what cannot be built.
     """
+    check_packages(experiment.config)
     check_seeds(experiment)
     built, paths = set(), set()
     for stage in experiment.stages:
@@ -53,6 +63,22 @@ def _check_start(experiment: Experiment, stage: Stage, network: Any, shapes: dic
     if stage.freeze and stage.kind == "train" and len(frozen) == len(paths):
         raise UserError(f"config.freeze={stage.freeze!r}: nothing is left to train in stage {stage.name}")
     return paths if stage.freeze else []
+
+
+def check_packages(config: Mapping[str, Any]) -> None:
+    """Imports the packages that a config asks for.
+
+    Raises:
+      UserError: one is not installed, or not whole.
+    """
+    for (section, name), (module, extra) in PACKAGES.items():
+        if not config[section][name]:
+            continue
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            what = f"config.{section}.{name}={config[section][name]!r}"
+            raise UserError(f"{what}: {' '.join(str(error).split())}; `pip install 'bnn_jax[{extra}]'`") from None
 
 
 def check_seeds(experiment: Experiment) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import bnn_jax
 from bnn_jax import files, hosts, run_files
 from bnn_jax.errors import CheckpointError, UserError
-from bnn_jax.experiment.config import LOCATION_KEYS, flatten
+from bnn_jax.experiment.config import LOCATION_KEYS, SHARED, flatten, keys_of
 from bnn_jax.stages import Stage, differing_keys, parse_choice, to_json
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
@@ -180,8 +180,10 @@ def _differences(path: Path, config: Mapping[str, Any], stages: tuple[Stage, ...
     if existing is None:
         return []
     new = _content(config, stages)
+    # A key that came later had its default's effect before.
+    known = to_json_config({name: key.default for name, key in keys_of((*SHARED, config["method"])).items()})
     flat_old, flat_new = (
-        {f"config.{key}": value for key, value in flatten(config).items() if key not in LOCATION_KEYS}
+        {f"config.{key}": value for key, value in {**known, **flatten(config)}.items() if key not in LOCATION_KEYS}
         for config in (existing["config"], new["config"])
     )
     return differing_keys(flat_old, flat_new) or differing_keys(existing["stages"], new["stages"], "stages")

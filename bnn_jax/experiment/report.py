@@ -20,7 +20,7 @@ from bnn_jax.experiment.evaluate import evaluated_choice, only_test
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import SavedVariables, load_images, normalization_of
 from bnn_jax.quantizers import build_weight
-from bnn_jax.report import classes, pictures, plots
+from bnn_jax.report import classes, flips, pictures, plots
 from bnn_jax.stages import Stage
 from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import metrics
@@ -33,11 +33,12 @@ def report(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
     """Results of the finished stages, and pictures, saved in the run folder.
 
     ``chain.png`` shows the test accuracies of all stages, ``accuracies.png`` those of training and top-5 beside them.
-    Further ones are those the objectives and quantizers offer, each of the last finished stage that offers it:
-    ``label_bank.png``, ``features.png``, ``pattern_use.png``, ``pattern_motion.png``. Of the last stage the test images
-    are looked at once more: ``confusion.png``, ``mistakes.png`` with those that the network is surest of, and in
-    ``classes.csv`` and ``confusion.csv`` numbers. What one of these cannot be drawn from (the data set is not at hand)
-    is said on stderr, and the report goes on without it.
+    ``flip_rates.png`` is of the last stage that recorded some. Further ones are those the objectives and quantizers
+    offer, each of the last finished stage that offers it: ``label_bank.png``, ``features.png``, ``pattern_use.png``,
+    ``pattern_motion.png``. Of the last stage the test images are looked at once more: ``confusion.png``,
+    ``mistakes.png`` with those that the network is surest of, and in ``classes.csv`` and ``confusion.csv`` numbers.
+    What one of these cannot be drawn from (the data set is not at hand) is said on stderr, and the report goes on
+    without it.
 
     Returns:
       ``stages``, the results; ``picture``, the path of the chain's; ``pictures``, the paths of all; ``numbers``, those
@@ -62,7 +63,8 @@ def report(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
     count, seed = experiment.config["num_seeds"], experiment.config["seed"]
     if count > 1:
         say(f"the chain shows means over {count} seeds, other pictures the first seed, {seed}")
-    drawn, numbers = [chain, accuracies, *_draw_offered(experiment, folder, trained)], {}
+    drawn = [chain, accuracies, *_draw_flip_rates(folder, records), *_draw_offered(experiment, folder, trained)]
+    numbers: dict[str, Any] = {}
     try:
         pictures_of_classes, numbers = _report_classes(experiment, folder, trained[-1])
         drawn += pictures_of_classes
@@ -124,6 +126,14 @@ def _outputs(
         choice=evaluated_choice(stage, network, folder),
     )
     return found, test
+
+
+def _draw_flip_rates(folder: RunFolder, records: dict[str, list[dict[str, Any]]]) -> list[Path]:
+    recorded = [name for name, rows in records.items() if flips.has_flip_rates(rows)]
+    path = folder.path / "flip_rates.png"
+    for name in recorded[-1:]:
+        flips.plot_flip_rates(records[name], path, title=f"flip rates of stage {name}")
+    return [path] if recorded else []
 
 
 def _draw_offered(experiment: Experiment, folder: RunFolder, trained: list[Stage]) -> list[Path]:

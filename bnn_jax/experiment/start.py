@@ -24,8 +24,10 @@ from bnn_jax.networks.base import knobs_of
 from bnn_jax.objectives.base import Objective
 from bnn_jax.quantizers.base import QuantContext, evaluation_context
 from bnn_jax.storage.weights import encoded_weights, put_base
+from bnn_jax.training.averaging import with_average
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.epoch_sums import zero_metric_sums
+from bnn_jax.training.flips import signs_program
 from bnn_jax.training.loop import Setup
 from bnn_jax.training.progress import say
 from bnn_jax.training.state import TrainState
@@ -209,7 +211,15 @@ def new_state(setup: Setup, variables: dict[str, Any], devices: Devices) -> Trai
         devices=devices,
         log_gradient_norms=setup.stage.log_gradient_norms,
         log_train_top5=setup.stage.log_train_top5,
+        extend=functools.partial(_extended, setup),
     )
+
+
+def _extended(setup: Setup, state: TrainState) -> TrainState:
+    """A first state with what only some stages have: an average of the weights, their signs."""
+    state = with_average(state) if setup.parts.ema_decay else state
+    signs = signs_program(setup.stage, setup.network, setup.source.image_shape)
+    return state if signs is None else state.replace(signs=signs(state))
 
 
 def state_shapes(setup: Setup, devices: Devices) -> TrainState:
@@ -227,6 +237,7 @@ def create_state(
     devices: Devices,
     log_gradient_norms: bool = False,
     log_train_top5: bool = False,
+    extend: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> TrainState:
     """The state before the first step, replicated on all devices; of several seeds, stacked.
 
@@ -239,11 +250,12 @@ def create_state(
       devices: placement.
       log_gradient_norms: whether the gradient norm of every objective is summed too.
       log_train_top5: whether training images with the label among the five largest logits are counted too.
+      extend: adds to the state of a seed, inside jit.
     """
     states = objective_states(objectives, num_classes)
 
     def make_one(variables: dict[str, Any], seed: int | jax.Array) -> TrainState:
-        return TrainState(
+        state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
             batch_stats=variables.get("batch_stats", {}),
@@ -254,6 +266,7 @@ def create_state(
             metric_sums=zero_metric_sums(objectives, with_norms=log_gradient_norms, with_top5=log_train_top5),
             rng=jax.random.key(seed),
         )
+        return extend(state)
 
     def make(variables: dict[str, Any]) -> TrainState:
         each = (seed,) if isinstance(seed, int) else tuple(seed)

@@ -31,6 +31,7 @@ from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.progress import say
+from bnn_jax.training.writers import open_writer
 
 
 def train(
@@ -160,7 +161,10 @@ def _train_stage(
     train_config, workers = experiment.config["train"], experiment.config["data"]["workers"]
     # Only now: a run whose images cannot be read leaves nothing that a corrected config would have to respect.
     hosts.from_first("stage folder", lambda: _make_folder(experiment, folder, stage, source))
-    with CheckpointStore(folder.checkpoints(stage.name)) as store:
+    with (
+        CheckpointStore(folder.checkpoints(stage.name)) as store,
+        open_writer(experiment.config, folder.stage(stage.name)) as writer,
+    ):
         if store.latest_step() is None:
             state, meta = first_state(setup, saved.inherited_by(setup), devices), None
         else:
@@ -176,6 +180,7 @@ def _train_stage(
             metrics_path=folder.metrics(stage.name),
             options=LoopOptions(train_config["steps_per_dispatch"], train_config["checkpoint_seconds"], workers),
             devices=devices,
+            writer=writer,
         )
         state = loop.fit(state, stop, meta=meta)
     return hosts.from_first("result", lambda: finish(experiment, folder, setup, state))

@@ -36,6 +36,8 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         std=std,
         lighting=data["lighting"],
         decoder=data["decoder"],
+        mixup=data["mixup"],
+        color_jitter=data["color_jitter"],
         options=tuple(sorted(options.items())),
     )
 

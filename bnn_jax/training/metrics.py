@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def _cut_back(path: Path, step: int, epochs: int | None, shape: Any) -> list[dic
         with files.replacing(path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
     return kept
+
+
+def selection(record: Mapping[str, Any]) -> float:
+    """What the best epoch is chosen by: top-1 on images held out of training, or on the test images without any."""
+    return record.get("validation_top1", record["test_top1"])
+
+
+def has_stalled(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether a stage ends early: the best of its epochs, the first of equal ones, is ``patience`` or more back.
+
+    Args:
+      records: of all epochs so far.
+      patience: in epochs; with 0 a stage never ends early.
+    """
+    values = [selection(record) for record in records]
+    return bool(values) and 0 < patience < len(values) - values.index(max(values))
 
 
 def write_csv(records: list[dict[str, Any]], path: Path) -> None:
