@@ -68,7 +68,10 @@ ROWS = {
         released="asbq_resnet20_cifar10_w4a4.pth.tar",
         stage="w4a4",
     ),
-    "asbq 1 bit": Row("asbq_resnet20", (*FEW_STEPS, "--config.asbq.bits=(1,)", "--config.asbq.epochs=(1,)")),
+    "asbq 1 bit": Row(
+        "asbq_resnet20",
+        (*FEW_STEPS, "--config.asbq.bits=(1,)", "--config.asbq.epochs=(1,)", "--config.asbq.learning_rates=(0.01,)"),
+    ),
     "recu": Row("recu_resnet20", (*FEW_STEPS, "--config.recu.epochs=2", "--config.recu.warmup_epochs=1")),
     "weight_search 1b": Row("weight_search_resnet20", (*FEW_STEPS, "--config.weight_search.epochs=(1,)")),
     "weight_search 3 values": Row(
