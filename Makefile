@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-$(call extras,dev$(comma)report$(comma)test)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 docs: $(VENV)/.installed-docs
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 clean:

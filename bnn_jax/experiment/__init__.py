@@ -46,7 +46,7 @@ def train(config: "ConfigDict", workdir: Place = None, *, stage: str | None = No
 
     Args:
       config: from ``load_config``.
-      workdir: run folder; None: runs/<config.name>.
+      workdir: run folder; None: ``runs/<config.name>``.
       stage: train this stage and all after it again.
       fresh: move an existing run folder aside first.
 
@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
       config: from ``load_config``.
-      workdir: run folder; None: runs/<config.name>.
+      workdir: run folder; None: ``runs/<config.name>``.
       stage: 'w4a4' or 'w4a4@best'; None: the last finished one.
       checkpoint: a file instead of a stage: of PyTorch's, or an exported one.
 
@@ -93,7 +93,7 @@ def report(config: "ConfigDict | None" = None, workdir: Place = None) -> dict[st
 
     Args:
       config: from ``load_config``; None: everything that the documents of the project show of ``results/``.
-      workdir: run folder, None: runs/<config.name>; without a config the folder of the project, None: this one.
+      workdir: run folder, None: ``runs/<config.name>``; without a config the folder of the project, None: this one.
 
     Returns:
       ``pictures``, paths of what was drawn; ``stages``, the results, or ``changed``, the documents.
@@ -118,7 +118,7 @@ def export(
 
     Args:
       config: from ``load_config``.
-      workdir: run folder; None: runs/<config.name>.
+      workdir: run folder; None: ``runs/<config.name>``.
       stage: 'w4a4' or 'w4a4@best'; None: the last finished one.
       checkpoint: a file instead of a stage.
       output: file to write; None: in the folder of the stage, or beside the checkpoint.
