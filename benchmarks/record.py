@@ -11,6 +11,7 @@ metrics.jsonl. A stage that was stopped before its last epoch is recorded as far
 """
 
 import argparse
+import fnmatch
 import hashlib
 import json
 import sys
@@ -59,7 +60,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def costs(config: dict[str, Any], stages: list[dict[str, Any]]) -> None:
-    """Adds what a network costs to the stages that do not say it: bits, stored bits, bit operations."""
+    """Adds what a network costs to stages that do not say it: bits, stored bits, bit operations."""
     from bnn_jax.experiment.build import make_experiment
     from bnn_jax.experiment.summaries import summary
 
@@ -123,6 +124,11 @@ def shown(options: argparse.Namespace, stages: list[dict[str, Any]]) -> dict[str
     return {"shown": names, "published": {(name or names[-1]): key for name, key in keys}, "headline": options.headline}
 
 
+def in_tables(stage: dict[str, Any], names: list[str]) -> bool:
+    """Whether the tables show a stage, which may be named by a pattern such as 'finetune_*'."""
+    return any(fnmatch.fnmatchcase(stage["stage"], name) for name in names)
+
+
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, or a config with --checkpoint")
@@ -148,11 +154,12 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the command line and writes the file."""
     options = parsed(argv)
     content = evaluation(options.run, options) if options.checkpoint else record(options.run, options)
-    costs(content["config"], content["stages"])
+    tables = shown(options, content["stages"])
+    costs(content["config"], [stage for stage in content["stages"] if in_tables(stage, tables["shown"])])
     # Where the images lay is nobody else's business.
     content["config"]["data"]["data_dir"] = "DIR"
     texts = {name: getattr(options, name) for name in TEXTS if getattr(options, name)}
-    options.output.write_text(json.dumps({**texts, **shown(options, content["stages"]), **content}, indent=1) + "\n")
+    options.output.write_text(json.dumps({**texts, **tables, **content}, indent=1) + "\n")
     print(options.output)
 
 
