@@ -24,7 +24,7 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
                          (default train)
   --stage=NAME           train: train this stage and all after it again; moves old results aside
                          summary: which stage; evaluate, export, predict: NAME or NAME@best
-  --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a folder
+  --checkpoint=PATH      evaluate, export, predict: weights (.pth, .safetensors, .npz) or a folder
                          evaluate, predict, summary: an exported file (.bnn), without --config
   --output=FILE          export: file to write (default: in the stage folder, or beside PATH)
   --format=FORMAT        export: bnn (default), or with float weights stablehlo, onnx

@@ -70,7 +70,10 @@ setup(
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "fast": ["opencv-python-headless>=4.10"],  # config.data.decoder='opencv'
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
+        "augment": ["dm-pix>=0.4.3"],  # config.data.color_jitter
+        "tensorboard": ["tensorboardX>=2.6"],  # config.log.tensorboard
+        "wandb": ["wandb>=0.18"],  # config.log.wandb
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0", "tensorboardX>=2.6", "dm-pix>=0.4.3"],
         "report": ["matplotlib>=3.9"],
         "docs": [
             "mkdocs>=1.6,<2",

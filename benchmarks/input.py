@@ -33,7 +33,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bnn_jax import data
+from bnn_jax import data, picture_files
 from bnn_jax.data import augment, prepare, tfds
 from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.data.stream import BATCHES_AHEAD, StreamedSplit, available_cores
@@ -64,7 +64,7 @@ def alone(contents: list[bytes], count: int, size: int, *, decoder: str, trainin
         if training:
             augment.training_image(content, size, bits[number], decoder=decoder)
         else:
-            augment.evaluation_image(content, size)
+            picture_files.evaluation_image(content, size)
     return Timing(count, time.perf_counter() - started, time.process_time() - cpu_started)
 
 

@@ -190,6 +190,19 @@ def _by_epoch(values: list[float], steps_per_epoch: int) -> Schedule:
     return lambda step: table[jnp.minimum(step // steps_per_epoch, table.size - 1)]
 
 
+def warmup(*, schedule: Spec, warmup_epochs: float, steps_per_epoch: int, epochs: int) -> Schedule:
+    """Another schedule times ``min(1, (step + 1) / (W * S))``, W epochs of S steps: it rises in a line, never from 0.
+
+    Args:
+      schedule: the other one.
+      warmup_epochs: W, greater than 0.
+      steps_per_epoch: S.
+      epochs: length of the stage.
+    """
+    inner = build(schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
+    return lambda step: inner(step) * jnp.minimum((step + 1) / (warmup_epochs * steps_per_epoch), 1.0)
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "piecewise": piecewise,
@@ -202,6 +215,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "exponential_by_epoch": exponential_by_epoch,
     "error_decay_t": error_decay_t,
     "error_decay_k": error_decay_k,
+    "warmup": warmup,
 }
 
 

@@ -37,6 +37,11 @@ def spec(name: str, **options: Any) -> Spec:
 IDENTITY = Spec("identity")
 
 
+def added(default: Any) -> Any:
+    """A field that records of older runs do not have: at its default it is left out, and fingerprints stay the same."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """Which quantizer each kind of layer uses.
@@ -70,9 +75,13 @@ class DataSpec:
       augment: 'pad_crop_flip' (zero padding, random crop, horizontal flip), 'pad_crop', 'edge_crop_flip' (padding
         repeats the border), 'random_resized_crop_flip' (of images that are read while training) or 'none'.
       normalize: whether the channels are normalised; else pixels are used as they are, in [0, 1].
+      mean: mean of pixels / 255 by channel that images are normalised with; (): the source's own.
+      std: standard deviation, likewise.
       lighting: random change of light of the training images: 'none', 'release' or 'paper', see ``data.augment``.
       options: further options of the source, such as the image size of generated images.
       decoder: what decodes training images that are read while training: 'pillow' or 'opencv'; their pixels differ.
+      mixup: alpha of the distribution that training images are mixed by, see ``training.mixup``; 0 mixes none.
+      color_jitter: strength of the random change of colours in training, see ``data.color``; 0 changes none.
     """
 
     name: str
@@ -81,9 +90,13 @@ class DataSpec:
     validation_fraction: float = 0.0
     augment: str = "pad_crop_flip"
     normalize: bool = True
+    mean: tuple[float, ...] = added(())
+    std: tuple[float, ...] = added(())
     options: tuple[tuple[str, Any], ...] = ()
     lighting: str = "none"
     decoder: str = "pillow"
+    mixup: float = added(0.0)
+    color_jitter: float = added(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +129,7 @@ class OptimSpec:
     """How the parameters are optimised.
 
     Attributes:
-      optimizer: 'sgd' (options momentum, nesterov, dampening) or 'adam' (options b1, b2, eps).
+      optimizer: 'sgd' (options momentum, nesterov, dampening), 'adam' or 'adamw' (options b1, b2, eps).
       learning_rate: schedule of the learning rate; its boundaries are in epochs.
       epochs: number of passes over the training images.
       batch_size: global batch size in images.
@@ -128,6 +141,10 @@ class OptimSpec:
         GPUs). 'freeze': nothing moves them and their optimiser's clock stands (PyTorch from 2.0 on, on one GPU).
       accumulation_steps: parts of a batch that pass through the network one after another; the step is taken along
         their mean gradient. BatchNorm normalises each part by itself.
+      ema_decay: decay of the average over the steps that evaluation, export, teachers and later stages use in place of
+        the weights, see ``training.averaging``; 0 averages nothing.
+      early_stopping: epochs in a row without a better top-1 on the validation images after which the stage ends; 0: it
+        never ends early.
     """
 
     optimizer: Spec
@@ -139,6 +156,8 @@ class OptimSpec:
     gradient_clip_norm: float | None = None
     unselected_branches: Literal["decay", "freeze"] = "decay"
     accumulation_steps: int = 1
+    ema_decay: float = added(0.0)
+    early_stopping: int = added(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +172,8 @@ class Inherit:
       recompute: regular expressions of paths ('quant_state/.*/mask') made anew from the copied variables.
       realised_base: whether the weights in use at the end of the source become the fixed weights
         ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
+      adapt: whether the source is a file of a network that may have another classifier and other quantizers, see
+        ``experiment.adapt``.
     """
 
     source: str
@@ -160,6 +181,7 @@ class Inherit:
     may_be_new: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
     realised_base: bool = False
+    adapt: bool = added(False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +228,8 @@ class Stage:
       remat: whether the backward pass computes the inside of every block a second time instead of keeping it, which
         needs less memory.
       log_train_top5: whether top-5 accuracy is recorded in training too.
+      freeze: patterns of the parameters that training leaves as they are, see ``training.frozen``.
+      log_flip_rate: whether the share of quantized weights that changed their sign is recorded, by layer.
     """
 
     name: str
@@ -228,6 +252,8 @@ class Stage:
     search: Spec | None = None
     log_train_top5: bool = False
     remat: bool = False
+    freeze: tuple[str, ...] = added(())
+    log_flip_rate: bool = added(False)
 
     @property
     def trains_winner(self) -> bool:
@@ -289,7 +315,12 @@ def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, Spec):
             return {"name": value.name, **{key: to_json(option) for key, option in value.options}}
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            name: to_json(content)
+            for name, (field, content) in fields.items()
+            if "added" not in field.metadata or content != field.default
+        }
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     return value

@@ -22,6 +22,7 @@ def base() -> ml_collections.ConfigDict:
     config = defaults("")
     config.data = defaults("data")
     config.train = defaults("train")
+    config.log = defaults("log")
     return config
 
 

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from bnn_jax import networks
 from bnn_jax.catalogue import blocks_of_depth, facts_of
+from bnn_jax.experiment.start import variable_shapes
+from bnn_jax.networks.resnet import ImageNetResNet
 from bnn_jax.stages import QuantSpec, spec
 from tests.conftest import ROOT
 
@@ -31,6 +34,22 @@ def test_a_cifar_family_has_every_depth(name, sizes):
     assert name in networks.NETWORKS
     network = networks.build(spec(name), QuantSpec(), num_classes=10)
     assert (network.stage_sizes, network.widths) == ((sizes,) * 3, (16, 32, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("vgg_small", 8), ("vgg_small", 13), ("resnet8", 7), ("reactnet8", 7), ("hardtanh_mlp", 5)]
+)
+def test_images_of_any_side_from_the_least_one_on_are_accepted(name, side):
+    assert side >= facts_of(name).least_side
+    shapes = variable_shapes(networks.build(spec(name), QuantSpec(), num_classes=2), (side, side, 3))
+    assert all(size > 0 for leaf in jax.tree.leaves(shapes["params"]) for size in leaf.shape)
+
+
+@pytest.mark.parametrize("name", [name for name in networks.NETWORKS if "_cifar" not in name])
+def test_a_network_with_the_stem_for_imagenet_wants_images_that_leave_something(name):
+    network = networks.build(spec(name), QuantSpec(), num_classes=2)
+    of_imagenet = isinstance(network, ImageNetResNet) or getattr(network, "imagenet_stem", "mobilenet" in name)
+    assert (facts_of(name).least_side == 64) == of_imagenet
 
 
 @pytest.mark.parametrize(

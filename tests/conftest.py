@@ -13,7 +13,7 @@ import pytest
 
 TESTS_RUN = pytest.StashKey[int]()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Tests of whole runs and whole networks; most of their time is compiling, which takes a third of it without optimisation.
+# Tests of whole runs and networks; most of their time is compiling, which takes a third of it without optimisation.
 WHOLE_RUNS = {ROOT / "tests" / name for name in ("integration", "benchmarks", "deploy", "notebooks_test.py")}
 OPTIMIZATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 OPTIMIZATION_CHOSEN = OPTIMIZATION in os.environ

@@ -19,6 +19,7 @@ EXAMPLES = {
     "exponential_by_epoch": {"initial": 0.85, "final": 0.99},
     "error_decay_t": {},
     "error_decay_k": {},
+    "warmup": {"schedule": spec("cosine", initial=0.1), "warmup_epochs": 1.5},
 }
 
 
@@ -208,3 +209,10 @@ def test_the_cosine_by_step_falls_to_zero_at_its_period_and_rises_again_behind_i
 def test_the_cosine_by_step_takes_the_whole_stage_unless_told_otherwise():
     schedule = build(spec("cosine_by_step", initial=2.0), steps_per_epoch=4, epochs=3)
     np.testing.assert_allclose(schedule(jnp.array([0, 6, 12])), [2, 1, 0], atol=1e-6)
+
+
+def test_a_warm_up_multiplies_another_schedule_by_a_line_that_never_is_0():
+    inner, steps = spec("cosine", initial=0.1), np.arange(40)
+    schedule = build(spec("warmup", schedule=inner, warmup_epochs=1.5), steps_per_epoch=10, epochs=4)
+    expected = 0.1 * 0.5 * (1 + np.cos(np.pi * steps / 40)) * np.minimum((steps + 1) / 15, 1)
+    np.testing.assert_allclose(values(schedule, steps), expected, rtol=1e-5, atol=1e-8)

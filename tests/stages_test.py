@@ -101,7 +101,7 @@ def test_every_field_of_a_stage_is_written_out_whether_it_has_its_default_or_not
         FIRST, projections=(spec("refill", limit=3.0),), optim=dataclasses.replace(OPTIM, groups=(group,))
     )
     value = to_json(used)
-    assert set(value) == {field.name for field in dataclasses.fields(used)}
+    assert set(value) == {field.name for field in dataclasses.fields(used) if "added" not in field.metadata}
     assert value["projections"] == [{"name": "refill", "limit": 3.0}]
     assert value["inherit"] is None
     (written,) = value["optim"]["groups"]
@@ -141,3 +141,8 @@ def test_another_form_of_a_winner_is_refused(text):
 
 def test_a_winner_is_named_by_search_and_fold():
     assert parse_choice("search:evolution#12") == ("evolution", 12)
+
+
+def test_a_field_that_came_later_is_in_the_record_where_it_says_something():
+    assert "mixup" not in to_json(DataSpec("digits"))
+    assert to_json(DataSpec("digits", mixup=0.2))["mixup"] == 0.2

@@ -2,16 +2,17 @@
 
 Reading order: ``order`` (in which order images are visited), ``augment`` (what happens to them on the host and on the
 device), ``stream`` (images that are read while training), ``memory`` (images that lie in memory, and what every source
-has), ``tfds`` and ``folder`` (where images come from), ``archives`` and ``prepare`` (from downloads to a TFDS folder).
+has), ``tfds``, ``folder`` and ``folder_images`` (where images come from), ``archives`` and ``prepare`` (from downloads
+to a TFDS folder).
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnn_jax.data import folder, memory, tfds
-from bnn_jax.data.augment import AUGMENTATIONS
-from bnn_jax.data.memory import ImageSource, Split, fingerprint
+from bnn_jax.data import folder, folder_images, memory, tfds
+from bnn_jax.data.augment import AUGMENTATIONS, RANDOM_CROPS
+from bnn_jax.data.memory import ImageSource, Normalization, Split, fingerprint
 from bnn_jax.data.order import Purpose, index_plan, sequential_plan, stratified_choice
 from bnn_jax.data.stream import StreamedSplit
 from bnn_jax.errors import DataError
@@ -20,6 +21,7 @@ from bnn_jax.stages import DataSpec
 __all__ = [
     "SOURCES",
     "ImageSource",
+    "Normalization",
     "SourceEntry",
     "Split",
     "StreamedSplit",
@@ -27,6 +29,7 @@ __all__ = [
     "class_names",
     "describe",
     "index_plan",
+    "reads_while_training",
     "sequential_plan",
 ]
 
@@ -39,18 +42,18 @@ class SourceEntry:
       load: ``load(spec, data_dir, progress=..., **options) -> ImageSource``.
       shape: (H, W, C) and number of classes; the options 'image_size' and 'num_classes' replace theirs. None: the
         number of classes is that of the folder of images.
-      options: the source's options and their defaults, all of them integers.
-      streamed: whether its images are read while training.
+      options: the source's options and their defaults.
+      streamed: whether its images are read while training, whatever their number.
     """
 
     load: Callable[..., ImageSource]
     shape: tuple[tuple[int, int, int], int | None] = ((32, 32, 3), 10)
-    options: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     streamed: bool = False
 
 
 # What may happen to training images that are read while training, where they are cropped already.
-STREAMED_AUGMENTATIONS = ("random_resized_crop_flip", "none")
+STREAMED_AUGMENTATIONS = (RANDOM_CROPS, "none")
 
 SOURCES: dict[str, SourceEntry] = {
     **{
@@ -62,7 +65,7 @@ SOURCES: dict[str, SourceEntry] = {
         )
         for name, known in tfds.TFDS_SETS.items()
     },
-    "folder": SourceEntry(folder.load, ((224, 224, 3), None), {"image_size": 224}, streamed=True),
+    "folder": SourceEntry(folder_images.load, ((224, 224, 3), None), {"image_size": 224, "test_fraction": 0.0}),
     "digits": SourceEntry(memory.digits, options={"image_size": 16}),
     "synthetic": SourceEntry(memory.synthetic, options={"image_size": 32, "num_classes": 10}),
 }
@@ -82,7 +85,7 @@ def describe(spec: DataSpec, *, data_dir: str | None = None) -> tuple[tuple[int,
     (height, width, channels), num_classes = entry.shape
     side = options.get("image_size")
     if num_classes is None:
-        num_classes = len(folder.class_names(data_dir))
+        num_classes = len(folder.class_names(data_dir, test_fraction=options["test_fraction"]))
     return (side or height, side or width, channels), options.get("num_classes", num_classes)
 
 
@@ -95,10 +98,23 @@ def class_names(spec: DataSpec, *, data_dir: str | None) -> tuple[str, ...]:
     _, num_classes = describe(spec, data_dir=data_dir)
     known = None
     if spec.name == "folder":
-        known = folder.class_names(data_dir)
+        known = folder.class_names(data_dir, test_fraction=_entry(spec)[1]["test_fraction"])
     elif spec.name in tfds.TFDS_SETS:
         known = tfds.class_names(spec.name, data_dir)
     return known or tuple(str(label) for label in range(num_classes))
+
+
+def reads_while_training(spec: DataSpec, *, data_dir: str | None, seed: int = 0) -> bool:
+    """Whether the images are read while training: always, or because those of a folder are too many for the memory.
+
+    Raises:
+      DataError: an unknown name or option, or the folder of images is not there.
+    """
+    entry, options = _entry(spec)
+    if spec.name != "folder":
+        return entry.streamed
+    found = folder.find(data_dir, test_fraction=options["test_fraction"], seed=seed)
+    return folder_images.reads_while_training(spec, found, options["image_size"])
 
 
 def _entry(spec: DataSpec) -> tuple[SourceEntry, dict[str, Any]]:
@@ -113,28 +129,36 @@ def _entry(spec: DataSpec) -> tuple[SourceEntry, dict[str, Any]]:
     return entry, {**entry.options, **dict(spec.options)}
 
 
-def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool = False) -> ImageSource:
+def build(
+    spec: DataSpec,
+    *,
+    data_dir: str | None,
+    seed: int = 0,
+    progress: bool = False,
+    normalization: Normalization | None = None,
+) -> ImageSource:
     """The images of a ``DataSpec``: loaded into memory, or ready to be read while training.
 
     Args:
       spec: which images; ``num_train`` counts training and held-out images together.
       data_dir: folder of prepared data sets; None is TFDS's own ($TFDS_DATA_DIR, then ~/tensorflow_datasets).
-      seed: seed of the held-out split; the same seed holds out the same images.
+      seed: seed of the held-out splits; the same seed holds out the same images.
       progress: whether a progress bar is shown on stderr.
+      normalization: that of a folder's channels, where it was computed before.
 
     Raises:
       DataError: an unknown name or option, a number out of range, or images that are not prepared or are damaged.
     """
     entry, options = _entry(spec)
-    loaded = entry.load(spec, data_dir, progress=progress, **options)
+    if spec.name == "folder":
+        options |= {"seed": seed, "normalization": normalization}
+    loaded = _normalised(spec, entry.load(spec, data_dir, progress=progress, **options))
     _check_augmentation(spec, loaded.train)
     train, validation = _hold_out(loaded.train, fraction=spec.validation_fraction, seed=seed)
     return dataclasses.replace(
         loaded,
         train=train,
         validation=validation,
-        mean=loaded.mean if spec.normalize else (0.0,) * len(loaded.mean),
-        std=loaded.std if spec.normalize else (1.0,) * len(loaded.std),
         augment=spec.augment,
         # An eighth of the side: the usual 4 pixels at 32x32, in proportion at other sizes.
         pad=train.image_shape[0] // 8,
@@ -142,12 +166,30 @@ def build(spec: DataSpec, *, data_dir: str | None, seed: int = 0, progress: bool
     )
 
 
+def _normalised(spec: DataSpec, source: ImageSource) -> ImageSource:
+    """The source with the statistics that the spec asks for: its own, those given, or none.
+
+    Raises:
+      DataError: those given are not one for each channel.
+    """
+    channels = source.image_shape[2]
+    if not spec.normalize:
+        return dataclasses.replace(source, mean=(0.0,) * channels, std=(1.0,) * channels)
+    if not spec.mean:
+        return source
+    if len(spec.mean) != channels:
+        raise DataError(f"config.data.mean={spec.mean!r}: accepted with {spec.name} are {channels} numbers, as for std")
+    return dataclasses.replace(source, mean=spec.mean, std=spec.std)
+
+
 def _check_augmentation(spec: DataSpec, train: Split | StreamedSplit) -> None:
     """Raises a DataError if the images cannot be changed in the way that is asked for."""
-    if isinstance(train, StreamedSplit):
+    if spec.name == "folder" and not isinstance(train, Split):
+        accepted = AUGMENTATIONS
+    elif isinstance(train, StreamedSplit):
         accepted = STREAMED_AUGMENTATIONS
     else:
-        accepted = tuple(name for name in AUGMENTATIONS if name != "random_resized_crop_flip")
+        accepted = tuple(name for name in AUGMENTATIONS if name != RANDOM_CROPS)
         if spec.decoder != "pillow":
             raise DataError(f"config.data.decoder={spec.decoder!r}: {spec.name} is decoded once, by 'pillow'")
     if spec.augment not in accepted:

@@ -138,7 +138,7 @@ def _read_images(name: str, folder: pathlib.Path, progress: bool) -> DownloadedS
             f"{folder} has {len(found)} class folders, not those of {name} (see {wrong[0]!r}): accepted are the "
             f"official names, {classes[0]!r} to {classes[-1]!r}, or the numbers 0 to {len(classes) - 1}"
         )
-    files = list(picture_files(folder, numbers if found == set(numbers) else classes))
+    files = picture_files(folder, numbers if found == set(numbers) else classes)
     shape = TFDS_SETS[name].image_shape
     images = np.empty((len(files), *shape), np.uint8)
     for index, (file, _) in enumerate(track(files, f"Reading {folder.name}", show=progress)):

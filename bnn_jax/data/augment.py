@@ -17,7 +17,6 @@ about a tenth, since few crops are twice as large as what they are resized to, a
 import functools
 import importlib
 import importlib.util
-import io
 import math
 from typing import Any, NamedTuple
 
@@ -25,27 +24,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnn_jax.data.color import jitter
 from bnn_jax.errors import DataError
+from bnn_jax.picture_files import decode
 
-AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", "random_resized_crop_flip", "none")
+RANDOM_CROPS = "random_resized_crop_flip"  # of pictures in their own size, which are therefore read while training
+AUGMENTATIONS = ("pad_crop_flip", "pad_crop", "edge_crop_flip", RANDOM_CROPS, "none")
 LIGHTINGS = ("none", "release", "paper")
 
 # Stream of random numbers apart from the crops': a batch is cropped in the same way with and without other light.
-LIGHTING = 1
+LIGHTING, JITTER = 1, 2
 
 # How the three colours of ImageNet's pixels (0 to 1) vary together: standard deviations along the axes (columns).
 LIGHT_DEVIATIONS = (0.2175, 0.0188, 0.0045)
 LIGHT_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 LIGHT_STRENGTH = 0.1
 
+PLAIN_FORMATS = (b"\xff\xd8", b"P6")  # how JPEG and PPM begin
+
 ATTEMPTS = 10
 DRAWS_PER_ATTEMPT = 4  # area, aspect ratio, top, left
 NUM_DRAWS = ATTEMPTS * DRAWS_PER_ATTEMPT
 AREA_RANGE = (0.08, 1.0)  # share of the picture's area
 ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height
-
-# The published programs crop 224 of 256.
-EVALUATION_MARGIN = 256 / 224
 
 
 def prepare_train(
@@ -57,6 +58,7 @@ def prepare_train(
     augment: str,
     pad: int,
     lighting: str = "none",
+    color_jitter: float = 0.0,
 ) -> jax.Array:
     """Augments and normalises a training batch.
 
@@ -69,6 +71,7 @@ def prepare_train(
         (the images are cropped already: they are only flipped) or 'none'.
       pad: zero padding in pixels per side.
       lighting: 'none', 'release' or 'paper', see ``change_light``.
+      color_jitter: strength of ``color.jitter``; 0 leaves the colours alone.
 
     Returns:
       float32 (N, H, W, C).
@@ -80,7 +83,7 @@ def prepare_train(
         raise ValueError(f"lighting {lighting!r}: accepted are {', '.join(LIGHTINGS)}")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"augment {augment!r}: accepted are {', '.join(AUGMENTATIONS)}")
-    if augment == "random_resized_crop_flip":
+    if augment == RANDOM_CROPS:
         _, flips = draw_crops(key, images.shape[0], pad=0, flip=True)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
     elif augment != "none":
@@ -90,6 +93,8 @@ def prepare_train(
         # An image's light is the same at all its pixels, so that it makes no difference to have flipped it before.
         draws = jax.random.normal(jax.random.fold_in(key, LIGHTING), (images.shape[0], 3))
         images = change_light(images, draws, in_pixel_units=lighting == "paper")
+    if color_jitter:
+        images = jitter(images, jax.random.fold_in(key, JITTER), color_jitter)
     return prepare_eval(images, mean=mean, std=std)
 
 
@@ -223,50 +228,7 @@ def _largest_central_box(height: int, width: int) -> Box:
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-@functools.cache
-def picture_formats() -> dict[str, list[str]]:
-    """The formats that are decoded, each with the ends of its files' names: all that Pillow opens by itself."""
-    from PIL import Image
-
-    Image.init()
-    # For EPS Pillow would run Ghostscript, on a file that may come from anywhere.
-    formats: dict[str, list[str]] = {name: [] for name in Image.OPEN if name != "EPS"}
-    for suffix, name in Image.registered_extensions().items():
-        formats.get(name, []).append(suffix)
-    return formats
-
-
-def decode(content: bytes) -> Any:
-    """The bytes of a picture's file as a Pillow image of mode RGB; gray, palette and CMYK pictures are converted."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content), formats=list(picture_formats())) as image:
-        image.load()
-    # ``convert`` would copy what needs no conversion.
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def resize_shorter_side(image: Any, side: int) -> Any:
-    """A Pillow image with its shorter side resized to ``side``, antialiased; the same image if it has that side.
-
-    The longer side is cut off to an integer.
-    """
-    from PIL import Image
-
-    width, height = image.size
-    size = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
-    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-
-
-def evaluation_image(content: bytes, size: int) -> np.ndarray:
-    """The picture as it is evaluated: uint8 (size, size, 3), the centre of the resized one (224 of 256)."""
-    image = resize_shorter_side(decode(content), round(size * EVALUATION_MARGIN))
-    # Half a pixel goes to the even offset, as Python rounds.
-    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def training_image(content: bytes, size: int, bits: np.ndarray, *, decoder: str) -> np.ndarray:
+def training_image(content: bytes, size: int, bits: np.ndarray, *, decoder: str, upright: bool = False) -> np.ndarray:
     """A random part of the picture, resized.
 
     Args:
@@ -274,6 +236,7 @@ def training_image(content: bytes, size: int, bits: np.ndarray, *, decoder: str)
       size: side of the result in pixels.
       bits: uint64 (NUM_DRAWS,), random.
       decoder: 'pillow' or 'opencv'.
+      upright: whether the picture is turned as its file says.
 
     Returns:
       uint8 (size, size, 3).
@@ -281,16 +244,16 @@ def training_image(content: bytes, size: int, bits: np.ndarray, *, decoder: str)
     from PIL import Image
 
     if decoder == "opencv":
-        return _train_with_opencv(content, size, bits)
-    image = decode(content)
+        return _train_with_opencv(content, size, bits, upright)
+    image = decode(content, upright=upright)
     top, left, height, width = random_resized_crop_box(image.height, image.width, bits)
     part = image.crop((left, top, left + width, top + height))
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _train_with_opencv(content: bytes, size: int, bits: np.ndarray) -> np.ndarray:
+def _train_with_opencv(content: bytes, size: int, bits: np.ndarray, upright: bool) -> np.ndarray:
     cv2 = opencv()
-    pixels = _decode_with_opencv(content)
+    pixels = _decode_with_opencv(content, upright)
     top, left, height, width = random_resized_crop_box(pixels.shape[0], pixels.shape[1], bits)
     shrinks = height >= size and width >= size
     part = pixels[top : top + height, left : left + width]
@@ -299,13 +262,15 @@ def _train_with_opencv(content: bytes, size: int, bits: np.ndarray) -> np.ndarra
     return cv2.cvtColor(resized, cv2.COLOR_BGR2RGB)
 
 
-def _decode_with_opencv(content: bytes) -> np.ndarray:
+def _decode_with_opencv(content: bytes, upright: bool) -> np.ndarray:
     """Pixels uint8 (H, W, 3), channels blue, green, red. Pillow does what OpenCV cannot, and finds what is damaged."""
     cv2 = opencv()
     # Unlike Pillow, OpenCV would turn a picture whose file says that the camera was held upright.
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    return np.asarray(decode(content))[:, :, ::-1] if pixels is None else pixels
+    flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+    # It knows neither transparent pixels nor the higher half of 16 bits, which other formats have.
+    ours = content.startswith(PLAIN_FORMATS)
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if ours else None
+    return np.asarray(decode(content, upright=upright))[:, :, ::-1] if pixels is None else pixels
 
 
 @functools.cache

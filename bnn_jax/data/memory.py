@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from bnn_jax.data.augment import opencv
 from bnn_jax.data.order import Purpose, permutation, random_bits, stratified_choice
 from bnn_jax.data.stream import Records, StreamedSplit
 from bnn_jax.errors import DataError
+from bnn_jax.picture_files import EVALUATION_MARGIN
 from bnn_jax.stages import DataSpec
 
 NUM_DIGITS_TEST = 360  # a fifth of the 1,797 images
@@ -60,6 +62,13 @@ class Split:
         digest.update(np.ascontiguousarray(self.labels).data)
 
 
+class Normalization(NamedTuple):
+    """Mean and standard deviation of pixels / 255, per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSource:
     """A whole data set, in memory or read while training, with everything that training on it needs to know.
@@ -76,6 +85,8 @@ class ImageSource:
       validation: images held out from the training images to choose the best epoch, or None.
       augment: one of ``augment.AUGMENTATIONS``.
       pad: zero padding before the random crop, in pixels per side.
+      crop_margin: how much larger than an image a picture is resized before its middle is evaluated.
+      notes: lines for the log about what was found.
       fingerprint: SHA-256 of the images and labels of all splits, in their order; of images that are read while
         training, of the description of their files and of which of them are used.
     """
@@ -86,6 +97,9 @@ class ImageSource:
     test: Split | StreamedSplit
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    _: dataclasses.KW_ONLY
+    crop_margin: float = 1.0
+    notes: tuple[str, ...] = ()
     validation: Split | StreamedSplit | None = None
     augment: str = "none"
     pad: int = 0
@@ -145,7 +159,8 @@ def streamed_source(spec: DataSpec, train: Records, test: Records, *, num_classe
     for records, key, asked in ((train, "num_train", spec.num_train), (test, "num_eval", spec.num_eval)):
         count = limit(records.name, key, asked=asked, available=len(records))
         splits.append(StreamedSplit(records, np.arange(count), image_size, spec.decoder))
-    return ImageSource(spec.name, num_classes, splits[0], splits[1], IMAGENET_MEAN, IMAGENET_STD)
+    (first, second), (mean, std) = splits, (IMAGENET_MEAN, IMAGENET_STD)
+    return ImageSource(spec.name, num_classes, first, second, mean, std, crop_margin=EVALUATION_MARGIN)
 
 
 def check_memory(keys: str, count: int, shape: Sequence[int], *, bytes_each: int = 1) -> None:

@@ -27,9 +27,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from bnn_jax.data import archives, augment, folder, tfds
+from bnn_jax.data import archives, folder, tfds
 from bnn_jax.data.stream import PIECE, Records, available_cores, decoding, read_ahead
 from bnn_jax.errors import DataError, UserError
+from bnn_jax.picture_files import covering, decode
 
 IMAGENET, DEFAULT_SIDE = "imagenet", 256
 RESIZED_VERSION = "1.0.0"
@@ -213,7 +214,8 @@ def open_imagenet(source: pathlib.Path, classes: Sequence[str]) -> dict[str, Rec
     except DataError:
         accepted = "a folder with imagenet2012/<version>/ (TFDS), or one with train/<wnid>/ and val/<wnid>/"
         raise DataError(f"--source {source} holds no ImageNet: accepted is {accepted}") from None
-    return {names[i]: folder.FolderRecords(folders[i], classes, stream=i) for i in range(2)}
+    pictures = [folder.picture_files(place, classes) for place in folders]
+    return {names[i]: folder.FolderRecords(folders[i], pictures[i], stream=i) for i in range(2)}
 
 
 def _features(**classes: Any) -> Any:
@@ -247,7 +249,7 @@ class Resizer:
         for number, (content, label) in zip(numbers, self.records.read(numbers)):
             buffer = io.BytesIO()
             with decoding(self.records.name_of(number)):
-                augment.resize_shorter_side(augment.decode(content), self.side).save(buffer, "PPM")
+                covering(decode(content), self.side, self.side).save(buffer, "PPM")
             made.append((features.serialize_example({"image": buffer.getvalue(), "label": label}), label))
         return made
 

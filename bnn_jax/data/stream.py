@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from bnn_jax.data.augment import NUM_DRAWS, evaluation_image, training_image
+from bnn_jax.data.augment import NUM_DRAWS, training_image
 from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.errors import DataError
+from bnn_jax.picture_files import EVALUATION_MARGIN, evaluation_image
 
 # Images read at once by a thread or process: so many that handing them on costs little beside decoding them, so few
 # that a thread or process which is asked to stop has soon read its last one.
@@ -75,12 +76,16 @@ class StreamedSplit:
       numbers: int (N,), the records that are this split's images.
       image_size: side of the images in pixels.
       decoder: what decodes training images, 'pillow' or 'opencv'.
+      margin: how much larger than the image a picture is resized before its middle is evaluated.
+      upright: whether pictures are turned as their files say that the camera was held.
     """
 
     records: Records
     numbers: np.ndarray
     image_size: int
     decoder: str = "pillow"
+    margin: float = EVALUATION_MARGIN
+    upright: bool = False
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -101,7 +106,8 @@ class StreamedSplit:
 
     def update_digest(self, digest: Any) -> None:
         """Adds the description of the records, which of them are used, and the images' size to a digest."""
-        digest.update(f"{self.records.description} {self.image_size};".encode())
+        other = "" if self.margin == EVALUATION_MARGIN and not self.upright else f" {self.margin} {self.upright}"
+        digest.update(f"{self.records.description} {self.image_size}{other};".encode())
         digest.update(np.ascontiguousarray(self.numbers, "<i8").data)
 
     def batches(
@@ -126,8 +132,12 @@ class StreamedSplit:
             raise ValueError(f"plan of shape {indices.shape} for {len(self)} images: expected (S, n) of their indices")
         if workers < 0:
             raise ValueError(f"workers {workers}: accepted is 0 or more")
-        reader = PieceReader(self.records, self.numbers[indices], self.image_size, self.decoder, random_crops)
-        return _batches(reader, workers)
+        return _batches(self.reader(self.numbers[indices], random_crops), workers)
+
+    def reader(self, plan: np.ndarray, random_crops: tuple[int, int] | None = None) -> "PieceReader":
+        """Reads the records that a plan, int (S, n), names."""
+        how = (self.image_size, self.decoder, random_crops, self.margin, self.upright)
+        return PieceReader(self.records, plan, *how)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,6 +150,8 @@ class PieceReader:
       image_size: side of the images in pixels.
       decoder: what decodes training images.
       random_crops: seed and epoch of random crops, or None for evaluation.
+      margin: how much larger a picture is resized before its middle is evaluated.
+      upright: whether pictures are turned as their files say.
     """
 
     records: Records
@@ -147,6 +159,8 @@ class PieceReader:
     image_size: int
     decoder: str
     random_crops: tuple[int, int] | None
+    margin: float = EVALUATION_MARGIN
+    upright: bool = False
 
     @property
     def pieces_per_row(self) -> int:
@@ -160,17 +174,22 @@ class PieceReader:
         images = np.empty((len(numbers), self.image_size, self.image_size, 3), np.uint8)
         labels = np.empty(len(numbers), np.int32)
         for position, (content, label) in enumerate(self.records.read(numbers)):
-            images[position] = self._image(content, numbers[position])
+            images[position] = self.image(content, numbers[position])
             labels[position] = label
         return images, labels
 
-    def _image(self, content: bytes, number: int) -> np.ndarray:
+    def image(self, content: bytes, number: int) -> np.ndarray:
+        """The image, uint8 (H, W, 3), of a record's content.
+
+        Raises:
+          DataError: it is damaged.
+        """
         with decoding(self.records.name_of(number)):
             if self.random_crops is None:
-                return evaluation_image(content, self.image_size)
+                return evaluation_image(content, self.image_size, margin=self.margin, upright=self.upright)
             seed, epoch = self.random_crops
             bits = random_bits(seed, epoch, purpose=Purpose.CROP, count=NUM_DRAWS, item=number)
-            return training_image(content, self.image_size, bits, decoder=self.decoder)
+            return training_image(content, self.image_size, bits, decoder=self.decoder, upright=self.upright)
 
 
 @contextlib.contextmanager

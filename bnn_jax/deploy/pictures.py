@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bnn_jax.errors import UserError
+from bnn_jax.picture_files import central_part, decode
 
 
 def read(paths: Sequence[Path | str], facts: Mapping[str, Any], image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -36,15 +37,9 @@ def _read_one(path: Path, shape: tuple[int, int, int], margin: float) -> np.ndar
         with warnings.catch_warnings():
             # A picture of so many pixels that Pillow takes it for an attack.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                image = opened.convert("RGB" if channels == 3 else "L")
+            image = decode(path.read_bytes(), upright=True, mode="RGB" if channels == 3 else "L")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's readers raise many kinds; all mean the same here
         raise UserError(f"{path}: no picture that can be read ({' '.join(str(error).split())})"[:300]) from None
-    scale = max(round(height * margin) / image.height, round(width * margin) / image.width)
-    size = (max(width, int(image.width * scale + 1e-6)), max(height, int(image.height * scale + 1e-6)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
-    return np.asarray(image.crop((left, top, left + width, top + height))).reshape(shape)
+    return central_part(image, height, width, margin=margin).reshape(shape)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnn_jax import data, methods, networks, objectives, quantizers, schedules
+from bnn_jax.catalogue import facts_of
 from bnn_jax.data.augment import prepare_train
 from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import UserError
@@ -13,6 +14,7 @@ from bnn_jax.experiment import start
 from bnn_jax.objectives import Objective
 from bnn_jax.stages import Stage, parse_reference
 from bnn_jax.training import projections
+from bnn_jax.training.frozen import frozen_part, regular_expression
 from bnn_jax.training.loop import Setup, steps_per_epoch
 from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.seeds import Seeds
@@ -120,13 +122,14 @@ def described_network(experiment: Experiment, stage: Stage) -> tuple[Any, dict[s
     """
     image_shape, num_classes = experiment.describe(stage)
     network = build_network(stage, num_classes)
+    what = f"stage {stage.name}: network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
+    least = facts_of(stage.network.name).least_side
+    if min(image_shape[:2]) < least:
+        raise UserError(f"{what}: they are too small; accepted are {least}x{least} and larger")
     try:
         return network, start.variable_shapes(network, image_shape)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        what = f"network {stage.network.name!r} with images of {'x'.join(map(str, image_shape))}"
-        # Nothing is left of a feature map after too many strides, and a mean over it divides by zero.
-        why = "they are too small" if isinstance(error, ZeroDivisionError) else " ".join(str(error).split())
-        raise UserError(f"stage {stage.name}: {what}: {why}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def build_objectives(stage: Stage) -> tuple[Objective, ...]:
@@ -169,7 +172,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
     shapes = start.variable_shapes(network, source.image_shape)
     timing = {"steps_per_epoch": steps_per_epoch(stage, len(source.train)), "epochs": stage.optim.epochs}
     schedule = schedules.build(stage.optim.learning_rate, **timing)
-    terms = build_objectives(stage)
+    terms, frozen = build_objectives(stage), frozen_part(stage.freeze, shapes["params"])
     parts = StepParts(
         network=build_network(stage, source.num_classes, trained=True),
         objectives=terms,
@@ -177,7 +180,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
             stage.optim,
             shapes["params"],
             schedule=schedule,
-            unused_parameters=network.unused_parameters,
+            unused_parameters=(*network.unused_parameters, *map(regular_expression, stage.freeze)),
             branch_patterns=getattr(network, "branch_patterns", ()),
         ),
         prepare=functools.partial(
@@ -187,6 +190,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
             augment=source.augment,
             pad=source.pad,
             lighting=stage.data.lighting,
+            color_jitter=stage.data.color_jitter,
         ),
         knobs={name: schedules.build(knob, **timing) for name, knob in stage.knobs},
         teacher=build_network(experiment.teacher_stage(stage), source.num_classes) if needs_teacher(terms) else None,
@@ -194,5 +198,8 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
         projections=tuple(projections.build(projection) for projection in stage.projections),
         choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,
         accumulation_steps=stage.optim.accumulation_steps,
+        frozen=frozen,
+        mixup=stage.data.mixup,
+        ema_decay=stage.optim.ema_decay,
     )
     return Setup(stage, source, schedule, network, parts, shapes, seeds_of(experiment, stage))

@@ -17,7 +17,10 @@ from ml_collections import ConfigDict, config_dict
 from bnn_jax import methods
 from bnn_jax.errors import UserError, one_line
 from bnn_jax.keys import (
+    ALL_ABOVE_0,
+    ALL_NAMED,
     ALL_NOT_NEGATIVE,
+    FILE,
     FRACTION,
     NOT_EMPTY,
     NOT_NEGATIVE,
@@ -41,6 +44,13 @@ GENERAL: Section = {
         1, "seeds trained side by side in one program on one accelerator: seed, seed + 1, ...", between(1, 64)
     ),
     "network": Key("resnet20", "network", table="bnn_jax.networks.NETWORKS"),
+    "init_from": Key(
+        None,
+        "run folder or file of weights (PyTorch, .safetensors, .npz, .bnn) that the first stage starts from",
+        FILE,
+        kind=str,
+    ),
+    "freeze": Key((), "patterns of parameters that do not change: 'conv1', 'layer1_*', '**/bn*'", ALL_NAMED, item=str),
     "extra_objectives": Key(
         (),
         "objectives added to the method's own",
@@ -73,11 +83,24 @@ DATA: Section = {
         ("pad_crop_flip", "pad_crop", "edge_crop_flip", "random_resized_crop_flip", "none"),
     ),
     "decoder": Key("pillow", "what decodes training images that are read while training", ("pillow", "opencv")),
+    "mixup": Key(
+        0.0,
+        "alpha of the Beta distribution that pairs of training images and labels are mixed by; 0: none",
+        NOT_NEGATIVE,
+    ),
+    "color_jitter": Key(
+        0.0, "largest random change of brightness, contrast and saturation of training images; 0: none", FRACTION
+    ),
     "workers": Key(0, "processes that read such images; 0: threads of this process", NOT_NEGATIVE, may_change=True),
+    "mean": Key((), "mean of pixels / 255 by channel; empty: that of the data set", item=float),
+    "std": Key((), "their standard deviation; empty with the mean", ALL_ABOVE_0, item=float),
     "normalize": Key(True, "whether the channels are normalised; else pixels stay in [0, 1]"),
     "lighting": Key("none", "random change of light in training", ("none", "release", "paper")),
     "image_size": Key(
         None, "side in pixels, for ImageNet, a folder of images, generated and embedded images", SIDE, kind=int
+    ),
+    "test_fraction": Key(
+        None, "share of each class held out for the test, for a folder without test pictures", FRACTION, kind=float
     ),
     "num_classes": Key(None, "number of classes, for generated images only", at_least(2), kind=int),
 }
@@ -87,7 +110,7 @@ TRAIN: Section = {
     "eval_batch_size": Key(500, "images per evaluation call", BATCH, may_change=True),
     "momentum": Key(0.9, "momentum of stochastic gradient descent", FRACTION),
     "nesterov": Key(True, "whether the momentum is Nesterov's"),
-    "weight_decay": Key(1e-4, "L2, added to the gradient before momentum", NOT_NEGATIVE),
+    "weight_decay": Key(1e-4, "L2, added to the gradient before momentum; of adamw to the step", NOT_NEGATIVE),
     "drop_last_batch": Key(False, "whether the partial batch at the end of an epoch is left out"),
     "compute_dtype": Key(
         "float32", "'bfloat16': convolutions of integer codes run in bfloat16, exactly", ("float32", "bfloat16")
@@ -102,11 +125,53 @@ TRAIN: Section = {
         NOT_NEGATIVE,
         may_change=True,
     ),
+    "optimizer": Key(
+        None,
+        "optimiser in place of the recipe's; the learning rate stays the method's own key",
+        ("sgd", "adam", "adamw"),
+        kind=str,
+    ),
+    "schedule": Key(
+        None,
+        "how the learning rate goes on from the recipe's highest, instead of as in the recipe",
+        ("constant", "cosine", "step"),
+        kind=str,
+    ),
+    "step_epochs": Key(
+        (), "epochs of a stage at which schedule='step' multiplies the rate", ALL_NOT_NEGATIVE, item=float
+    ),
+    "step_factor": Key(0.1, "factor on the rate at each of them", POSITIVE),
+    "warmup_epochs": Key(
+        0.0, "epochs in which the rate rises to that of the schedule; 0: as in the recipe", NOT_NEGATIVE
+    ),
+    "label_smoothing": Key(0.0, "share of a label that is spread over all classes", FRACTION),
+    "gradient_clip_norm": Key(
+        None,
+        "L2 norm, over all parameters, that the gradient is clipped to; None: as in the recipe",
+        POSITIVE,
+        kind=float,
+    ),
+    "early_stopping": Key(
+        0,
+        "epochs in a row without a better top-1 on the validation images after which a stage ends; 0: never",
+        NOT_NEGATIVE,
+    ),
+    "ema_decay": Key(
+        0.0,
+        "decay, per step, of the average of the weights that is evaluated, saved for use and handed on; 0: none",
+        FRACTION,
+    ),
     "checkpoint_seconds": Key(300.0, "seconds between checkpoints inside an epoch", NOT_NEGATIVE, may_change=True),
 }
 
-SECTIONS: dict[str, Section] = {"": GENERAL, "data": DATA, "train": TRAIN, **methods.SECTIONS}
-SHARED = ("", "data", "train")
+LOG: Section = {
+    "tensorboard": Key(False, "whether the record is written as TensorBoard's event files too", may_change=True),
+    "wandb": Key(False, "whether it is written as an offline run of Weights & Biases too", may_change=True),
+    "flip_rate": Key(False, "whether it has the share of quantized weights that changed sign in an epoch, by layer"),
+}
+
+SECTIONS: dict[str, Section] = {"": GENERAL, "data": DATA, "train": TRAIN, "log": LOG, **methods.SECTIONS}
+SHARED = ("", "data", "train", "log")
 WIDTH = 100  # columns of the help
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -266,20 +331,28 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     section, _, last = name.rpartition(".")
     beside = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
-    # Near is what is spelled alike in the same section, has the same name in another one, or is nearly the same.
+    # Near is what has the same name in another section, in this one has it as a word or is spelled alike, or is nearly
+    # the same.
     found = (
-        [beside[near] for near in difflib.get_close_matches(last, beside, n=1, cutoff=0.7)]
-        or [other for other in known if other.endswith(f".{last}")]
+        [other for other in known if other.endswith(f".{last}")][:1]
+        or [other for short, other in beside.items() if last in short.split("_")]
+        or [beside[near] for near in difflib.get_close_matches(last, beside, n=1, cutoff=0.7)]
         or difflib.get_close_matches(name, known, n=1, cutoff=0.85)
     )
     if found:
-        return f"did you mean config.{found[0]}?"
+        return f"did you mean {' or '.join(f'config.{other}' for other in found)}?"
     within = [other for other in known if other.startswith(f"{name.partition('.')[0]}.")]
     sections = sorted({f"{other.partition('.')[0]}.*" for other in known if "." in other})
     return f"accepted are {', '.join(within or [other for other in known if '.' not in other] + sections)}"
 
 
-TITLES = {"": "of every config", "data": "images", "train": "training, whatever the method", **methods.SUMMARIES}
+TITLES = {
+    "": "of every config",
+    "data": "images",
+    "train": "training, whatever the method",
+    "log": "what is recorded, beside metrics.jsonl",
+    **methods.SUMMARIES,
+}
 
 
 def describe_keys() -> str:

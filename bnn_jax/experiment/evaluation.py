@@ -13,7 +13,7 @@ from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, described_network, of_seed, seeds_of
 from bnn_jax.experiment.check import check_seeds
 from bnn_jax.experiment.folder import RunFolder
-from bnn_jax.experiment.load import SavedVariables, load_checkpoint, load_images
+from bnn_jax.experiment.load import SavedVariables, load_checkpoint, load_images, normalization_of
 from bnn_jax.experiment.search import folds_of, searched_split
 from bnn_jax.stages import DataSpec, Stage, parse_choice
 from bnn_jax.training.devices import Devices, all_devices
@@ -42,7 +42,8 @@ def evaluate(
     stage = found.stage
     if found.of_one_seed:
         experiment = of_seed(experiment, 0)
-    devices, source = all_devices(), load_images(experiment.config, only_test(stage.data))
+    normalization = normalization_of(experiment, folder, stage) if found.trained_here else None
+    devices, source = all_devices(), load_images(experiment.config, only_test(stage.data), normalization)
     evaluator = make_evaluator(experiment, folder, stage, found.network, source, devices, only_test=True)
     result = evaluator(devices.replicate(found.variables), "test")
     assert result is not None  # only asked to stop could it be
@@ -96,7 +97,8 @@ def read_stage(
     # The variables are read before the images: a wrong checkpoint shows at once.
     (network, shapes), seeds = described_network(experiment, stage), seeds_of(experiment, stage)
     if checkpoint is not None:
-        variables, path = load_checkpoint(checkpoint, seeds.shapes(shapes)), checkpoint
+        shape, _ = experiment.describe(stage)
+        variables, path = load_checkpoint(checkpoint, seeds.shapes(shapes), image_shape=shape), checkpoint
     else:
         saved, path = SavedVariables(experiment, folder), folder.checkpoints(stage.name)
         variables = saved.load(f"stage:{stage.name}@{which or 'last'}", shapes, seeds)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax import data
-from bnn_jax.data.augment import EVALUATION_MARGIN
-from bnn_jax.data.memory import ImageSource, Split
+from bnn_jax.data.memory import ImageSource, Normalization, Split
 from bnn_jax.deploy import Classifier, artefact
 from bnn_jax.deploy.export import export
 from bnn_jax.deploy.interchange import to_onnx, to_stablehlo
@@ -19,7 +18,7 @@ from bnn_jax.errors import UserError
 from bnn_jax.experiment.build import Experiment
 from bnn_jax.experiment.evaluation import StageVariables, evaluated_choice, only_test, read_stage
 from bnn_jax.experiment.folder import RunFolder
-from bnn_jax.experiment.load import load_images
+from bnn_jax.experiment.load import load_images, normalization_of
 from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.report.costs import complexity
 
@@ -93,7 +92,7 @@ def _convert(
 def _write(experiment: Experiment, folder: RunFolder, found: StageVariables, output: Path) -> artefact.Artefact:
     stage, config = found.stage, experiment.config
     one_image = dataclasses.replace(only_test(stage.data), num_eval=1)
-    source = load_images(config, one_image)
+    source = load_images(config, one_image, normalization_of(experiment, folder, stage) if found.trained_here else None)
     choice = evaluated_choice(stage, found.network, folder)
     context = evaluation_context(found.variables, choice=None if choice is None else jnp.asarray(choice, jnp.int32))
     costs = complexity(found.network, source.image_shape)
@@ -113,7 +112,7 @@ def _write(experiment: Experiment, folder: RunFolder, found: StageVariables, out
         "classes": list(data.class_names(stage.data, data_dir=config["data"]["data_dir"])),
         "mean": list(source.mean),
         "std": list(source.std),
-        "crop_margin": EVALUATION_MARGIN if source.streamed else 1.0,
+        "crop_margin": source.crop_margin,
         "predicted_bytes": predicted,
     }
     return export(output, found.network, found.variables, source.image_shape, facts=facts, context=context)
@@ -127,7 +126,9 @@ def evaluate_exported(experiment: Experiment, path: Path, *, stage_name: str | N
     """
     classifier = Classifier(artefact.load(path))
     stage = experiment.find((stage_name or "").partition("@")[0]) if stage_name else experiment.stages[-1]
-    source = load_images(experiment.config, only_test(stage.data))
+    # The file normalises the pixels itself; a folder's need not be measured.
+    identity = Normalization((0.0,) * 3, (1.0,) * 3)
+    source = load_images(experiment.config, only_test(stage.data), identity)
     if source.image_shape != classifier.image_shape or source.num_classes != len(classifier.classes):
         raise UserError(
             f"--checkpoint={path}: it reads images of {'x'.join(map(str, classifier.image_shape))} in "

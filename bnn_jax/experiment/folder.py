@@ -2,8 +2,8 @@
 
 ``<workdir>/config.json``, ``<workdir>/<nn>_<stage>/{checkpoints/, metrics.jsonl, result.json}``; a finished stage has
 ``metrics.csv`` and, where its weights are quantized, ``weights.npz`` too (of several seeds ``weights_seed_<n>.npz``,
-one for each). Nothing here deletes anything: what is in the
-way is moved aside to ``<name>.old-<N>``. Of several processes the first one writes.
+one for each), one that is trained on a folder of pictures ``images.json``. Nothing here deletes anything: what is in
+the way is moved aside to ``<name>.old-<N>``. Of several processes the first one writes.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any
 import bnn_jax
 from bnn_jax import files, hosts, run_files
 from bnn_jax.errors import CheckpointError, UserError
-from bnn_jax.experiment.config import LOCATION_KEYS, flatten
+from bnn_jax.experiment.config import LOCATION_KEYS, SHARED, flatten, keys_of
 from bnn_jax.stages import Stage, differing_keys, parse_choice, to_json
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
@@ -30,7 +30,7 @@ MOST_KEYS_SHOWN = 5
 # A file system in a network may show what another host wrote some seconds later.
 SHARED_SECONDS = 30.0
 CONFIG, CHECKPOINTS, METRICS, RESULT = "config.json", "checkpoints", "metrics.jsonl", "result.json"
-METRICS_TABLE, WEIGHTS = "metrics.csv", "weights.npz"
+IMAGES, METRICS_TABLE, WEIGHTS = "images.json", "metrics.csv", "weights.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,14 @@ class RunFolder:
         stage = self.stages[self.names.index(name)]
         trained = run_files.WINNER if stage.trains_winner else run_files.TRAINED
         return run_files.read(self.stage(name) / RESULT, run_files.SEARCHED if stage.kind == "search" else trained)
+
+    def images(self, name: str) -> dict[str, Any] | None:
+        """Classes and normalisation of the pictures that a stage was trained on; None where they are the data set's.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        return run_files.read(self.stage(name) / IMAGES, run_files.IMAGES)
 
     def fold(self, search: str, fold: int) -> Path:
         """The file with what a search found on a fold."""
@@ -172,8 +180,10 @@ def _differences(path: Path, config: Mapping[str, Any], stages: tuple[Stage, ...
     if existing is None:
         return []
     new = _content(config, stages)
+    # A key that came later had its default's effect before.
+    known = to_json_config({name: key.default for name, key in keys_of((*SHARED, config["method"])).items()})
     flat_old, flat_new = (
-        {f"config.{key}": value for key, value in flatten(config).items() if key not in LOCATION_KEYS}
+        {f"config.{key}": value for key, value in {**known, **flatten(config)}.items() if key not in LOCATION_KEYS}
         for config in (existing["config"], new["config"])
     )
     return differing_keys(flat_old, flat_new) or differing_keys(existing["stages"], new["stages"], "stages")

@@ -17,7 +17,7 @@ from bnn_jax.experiment.reports import report as report_stages
 from bnn_jax.experiment.results import winners
 from bnn_jax.experiment.summaries import summary as costs_of
 from bnn_jax.experiment.training import train as train_stages
-from bnn_jax.report import tables
+from bnn_jax.report import classes, tables
 
 
 def train(
@@ -82,8 +82,12 @@ def report(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
     result = report_stages(experiment, folder)
     tables.show(tables.results_table(result["stages"]))
     _show_winners(folder, result)
+    if "classes" in result:
+        tables.show(classes.classes_table(result["classes"], stage=result["classified_by"]))
     for path in result["pictures"]:
         print(f"picture: {path}")
+    for path in result.get("numbers", ()):
+        print(f"numbers: {path}")
     return result
 
 

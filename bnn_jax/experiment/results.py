@@ -14,7 +14,7 @@ from bnn_jax.experiment.load import SavedVariables
 from bnn_jax.report.costs import complexity, levels_in_use
 from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint, parse_choice
-from bnn_jax.storage.weights import encoded_weights, save_weights
+from bnn_jax.storage.weights import encoded_weights, is_sound, save_weights
 from bnn_jax.training import metrics
 from bnn_jax.training.devices import describe_devices
 from bnn_jax.training.loop import Setup
@@ -39,7 +39,7 @@ def finish(experiment: Experiment, folder: RunFolder, setup: Setup, state: Train
 
 
 def remake(experiment: Experiment, folder: RunFolder, stage: Stage, result: Mapping[str, Any]) -> None:
-    """Writes the table and the weights in use of a finished stage anew where they are missing.
+    """Writes the table and the weights in use of a finished stage anew where they are missing, or the weights damaged.
 
     Args:
       experiment: the experiment.
@@ -55,7 +55,7 @@ def remake(experiment: Experiment, folder: RunFolder, stage: Stage, result: Mapp
         _write_table(folder, stage, metrics.read(folder.metrics(stage.name), epochs=result["epochs"]))
         say(f"stage {stage.name}: wrote {METRICS_TABLE} anew from the record")
     # Without quantized weights there is no such file.
-    if result.get("level_bits") is None or all((where / name).exists() for name in _weights_files(seeds)):
+    if result.get("level_bits") is None or all(is_sound(where / name) for name in _weights_files(seeds)):
         return
     network, shapes = described_network(experiment, stage)
     variables = SavedVariables(experiment, folder).load(f"stage:{stage.name}", shapes, seeds)
@@ -94,6 +94,8 @@ def described_run(experiment: Experiment, stage: Stage, source: ImageSource) -> 
         "seed": experiment.config["seed"],
         "data": stage.data.name,
         "data_fingerprint": source.fingerprint,
+        "data_mean": list(source.mean),
+        "data_std": list(source.std),
         "stage_fingerprint": fingerprint(stage, experiment.stages),
         "device": describe_devices(),
         **provenance(),

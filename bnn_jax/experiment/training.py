@@ -7,21 +7,21 @@ processes the first one decides which of these it is, and writes; see ``hosts``.
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from bnn_jax import hosts
-from bnn_jax.data.memory import ImageSource, check_memory
+from bnn_jax import data, hosts
+from bnn_jax.data.memory import ImageSource, Normalization, check_memory
 from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, set_up
 from bnn_jax.experiment.check import check
 from bnn_jax.experiment.evaluation import evaluated_choice, make_evaluator
 from bnn_jax.experiment.folder import RunFolder
-from bnn_jax.experiment.load import SavedVariables, load_images
+from bnn_jax.experiment.load import SavedVariables, load_images, normalization_of
 from bnn_jax.experiment.results import finish, remake
 from bnn_jax.experiment.search import search
 from bnn_jax.experiment.start import first_state, state_shapes
@@ -31,6 +31,7 @@ from bnn_jax.training.devices import all_devices
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.progress import say
+from bnn_jax.training.writers import open_writer
 
 
 def train(
@@ -69,11 +70,18 @@ def train(
         files.check_shared(folder.path)
         stop = held.enter_context(StopRequest(group))
         # Most stages of a chain have the same images, which are then decoded once.
-        images = functools.lru_cache(maxsize=1)(functools.partial(load_images, experiment.config))
+        images = functools.lru_cache(maxsize=1)(functools.partial(_load_images, experiment.config))
         return [
             _finished(experiment, folder, stage) or _run_stage(experiment, folder, stage, images=images, stop=stop)
             for stage in stages
         ]
+
+
+def _load_images(config: Mapping[str, Any], spec: DataSpec, normalization: Normalization | None) -> ImageSource:
+    source = load_images(config, spec, normalization)
+    for line in source.notes:
+        say(line)
+    return source
 
 
 def _prepare(
@@ -123,7 +131,7 @@ def _run_stage(
     folder: RunFolder,
     stage: Stage,
     *,
-    images: Callable[[DataSpec], ImageSource],
+    images: Callable[[DataSpec, Normalization | None], ImageSource],
     stop: StopRequest,
 ) -> dict[str, Any]:
     """Trains or searches, and writes ``result.json``; after that the other processes may read the stage.
@@ -133,7 +141,7 @@ def _run_stage(
     """
     if stop.agreed(at_once=True):
         raise Interrupted(f"stopped before stage {stage.name}; the same command goes on from there", stop.signal_number)
-    started, source = time.monotonic(), images(stage.data)
+    started, source = time.monotonic(), images(stage.data, normalization_of(experiment, folder, stage))
     run = search if stage.kind == "search" else _train_stage
     result = run(experiment, folder, stage, source, stop)
     result["process_seconds"] = round(time.monotonic() - started, 1)
@@ -152,8 +160,11 @@ def _train_stage(
     setup, saved, devices = set_up(experiment, stage, source), SavedVariables(experiment, folder), all_devices()
     train_config, workers = experiment.config["train"], experiment.config["data"]["workers"]
     # Only now: a run whose images cannot be read leaves nothing that a corrected config would have to respect.
-    hosts.from_first("stage folder", lambda: folder.stage(stage.name).mkdir(exist_ok=True))
-    with CheckpointStore(folder.checkpoints(stage.name)) as store:
+    hosts.from_first("stage folder", lambda: _make_folder(experiment, folder, stage, source))
+    with (
+        CheckpointStore(folder.checkpoints(stage.name)) as store,
+        open_writer(experiment.config, folder.stage(stage.name)) as writer,
+    ):
         if store.latest_step() is None:
             state, meta = first_state(setup, saved.inherited_by(setup), devices), None
         else:
@@ -169,9 +180,24 @@ def _train_stage(
             metrics_path=folder.metrics(stage.name),
             options=LoopOptions(train_config["steps_per_dispatch"], train_config["checkpoint_seconds"], workers),
             devices=devices,
+            writer=writer,
         )
         state = loop.fit(state, stop, meta=meta)
     return hosts.from_first("result", lambda: finish(experiment, folder, setup, state))
+
+
+def _make_folder(experiment: Experiment, folder: RunFolder, stage: Stage, source: ImageSource) -> None:
+    place, known = folder.stage(stage.name), folder.images(stage.name)
+    if known is not None and known["fingerprint"] != source.fingerprint:
+        raise UserError(
+            f"{place} was begun with other pictures than config.data.data_dir has now: put them back, or "
+            f"--stage={stage.name} begins it again"
+        )
+    place.mkdir(exist_ok=True)
+    if known is None and stage.data.name == "folder":
+        names = data.class_names(stage.data, data_dir=experiment.config["data"]["data_dir"])
+        found = {"classes": names, "mean": source.mean, "std": source.std, "fingerprint": source.fingerprint}
+        files.write_json(place / files.IMAGES, found)
 
 
 def _check_batch(stage: Stage, source: ImageSource) -> None:

@@ -1,5 +1,7 @@
 """Full-precision shortcuts between any two numbers of channels, without weights."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ def flexible_shortcut(x: jax.Array, features: int, *, stride: int = 1) -> jax.Ar
       stride: side of the squares that are averaged.
 
     Returns:
-      (N, H // stride, W // stride, features).
+      (N, ceil(H / stride), ceil(W / stride), features).
 
     Raises:
       ValueError: ``features`` is more than C and no multiple of it.
@@ -38,5 +40,11 @@ def flexible_shortcut(x: jax.Array, features: int, *, stride: int = 1) -> jax.Ar
 
 
 def average_pool(x: jax.Array, stride: int) -> jax.Array:
-    """Mean over squares of ``stride x stride`` positions; rows and columns that fill no square are left out."""
-    return x if stride == 1 else nn.avg_pool(x, (stride, stride), strides=(stride, stride))
+    """Mean over squares of ``stride x stride`` positions; what is missing in the last row and column counts as 0.
+
+    So there are as many squares as a convolution of this stride has positions, ceil(H / stride).
+    """
+    if stride == 1:
+        return x
+    missing: Any = tuple((0, -side % stride) for side in x.shape[1:3])  # flax calls it a string
+    return nn.avg_pool(x, (stride, stride), strides=(stride, stride), padding=missing)

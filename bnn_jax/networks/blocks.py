@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from bnn_jax.layers.activation import LearnableBias, RPRelu
 from bnn_jax.layers.norm import BatchNorm
+from bnn_jax.layers.shortcut import average_pool
 from bnn_jax.networks.base import Layers, keep_feature
 from bnn_jax.ops.ste import hard_tanh, relu6
 from bnn_jax.quantizers.base import QuantContext
@@ -235,7 +236,7 @@ class ReActBlock(ResidualBlock):
         """``x`` where shapes agree, else its mean over ``stride`` x ``stride`` positions, 1x1 convolved, normalised."""
         if not self.downsamples(x):
             return x
-        pooled = nn.avg_pool(x, self.strides, strides=self.strides)
+        pooled = average_pool(x, self.stride)
         conv = self.layers.shortcut_conv(
             self.features, kernel_size=(1, 1), padding=((0, 0), (0, 0)), name="downsample_conv"
         )

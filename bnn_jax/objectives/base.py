@@ -19,11 +19,23 @@ class Batch:
       images: (N, H, W, C), float32, normalised.
       labels: (N,), int32.
       mask: (N,), bool, False for rows that only fill up the batch.
+      other_labels: (N,), int32, of the images that were mixed into these; None where none were.
+      share: (N,), float32, 1/2 to 1, share of each image that is its own, with its own label; None where all is.
     """
 
     images: jax.Array
     labels: jax.Array
     mask: jax.Array
+    other_labels: jax.Array | None = None
+    share: jax.Array | None = None
+
+    def label_probabilities(self, num_classes: int) -> jax.Array:
+        """(N, num_classes), the labels as probabilities: ``share * onehot(label) + (1 - share) * onehot(other)``."""
+        own = jax.nn.one_hot(self.labels, num_classes)
+        if self.share is None or self.other_labels is None:
+            return own
+        share = self.share[:, None]
+        return share * own + (1 - share) * jax.nn.one_hot(self.other_labels, num_classes)
 
 
 @flax.struct.dataclass

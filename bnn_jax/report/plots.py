@@ -55,7 +55,7 @@ def plot_chain(
     """
     figure = new_figure(width=11.0, height=4.4)
     curves, rungs = figure.subplots(1, 2, width_ratios=(1.9, 1.0))
-    colours = _colours(len(results))
+    colours = ordered_colours(len(results))
     _draw_curves(curves, results, metrics_by_stage, colours)
     _draw_rungs(rungs, results, colours)
     figure.savefig(path, dpi=DOTS_PER_INCH)
@@ -114,7 +114,7 @@ def plot_label_bank(
     figure = new_figure(width=side + 0.9, height=side)
     axis = figure.subplots()
     _draw_bank(figure, axis, bank, quantity=quantity)
-    _name_classes(axis, class_names)
+    name_classes(axis, class_names)
     unknown = int(np.isnan(bank).all(axis=1).sum())
     note = f"; gray: no row for {unknown} of {count} classes" if unknown else ""
     axis.set_title(f"{title}\n{quantity} of the images classified right{note}", fontsize=10, color=INK)
@@ -180,7 +180,7 @@ def new_figure(*, width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
 
-def _colours(count: int) -> list[Any]:
+def ordered_colours(count: int) -> list[Any]:
     """Colours from dark to light along the chain: ordered, and told apart without colour vision."""
     import matplotlib
 
@@ -193,7 +193,7 @@ def _values(records: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return np.array([np.nan if record.get(name) is None else record[name] for record in records], float)
 
 
-def _curve(count: int) -> dict[str, Any]:
+def curve(count: int) -> dict[str, Any]:
     """How a curve is drawn; few epochs are marked."""
     return {"linewidth": 1.6, "markersize": 3.5, "marker": "o" if count <= 15 else None}
 
@@ -210,7 +210,7 @@ def _draw_curves(
         heights = _values(metrics_by_stage.get(result["stage"], ()), "test_top1")
         if not len(heights):
             continue
-        axis.plot(start + 1 + np.arange(len(heights)), heights, color=colour, **_curve(len(heights)))
+        axis.plot(start + 1 + np.arange(len(heights)), heights, color=colour, **curve(len(heights)))
         parts.append((result["stage"], start, start + len(heights)))
         start += len(heights)
     for _, begin, _ in parts[1:]:
@@ -280,7 +280,7 @@ def _draw_accuracies(axis: Any, records: Sequence[Mapping[str, Any]], *, y_label
             continue
         best = int(np.nanargmax(heights))
         text = f"{label}, {heights[best]:.2f} at {epochs[best]}"
-        axis.plot(epochs, heights, label=text, **style, **_curve(len(records)))
+        axis.plot(epochs, heights, label=text, **style, **curve(len(records)))
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     style_axis(axis, x_label="epoch", y_label=y_label)
     if axis.get_lines():
@@ -320,7 +320,7 @@ def _draw_bank(figure: Any, axis: Any, bank: np.ndarray, *, quantity: str) -> No
             axis.text(column, row, number, ha="center", va="center", color=ink, fontsize=size, weight=weight)
 
 
-def _name_classes(axis: Any, class_names: Sequence[str]) -> None:
+def name_classes(axis: Any, class_names: Sequence[str]) -> None:
     """Names at rows and columns; of many classes only some numbers."""
     if len(class_names) <= MOST_NAMED_CLASSES:
         slanted = max(map(len, class_names)) > 2

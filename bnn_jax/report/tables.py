@@ -254,6 +254,8 @@ def describe_schedule(spec: Spec) -> str:
     if spec.name == "piecewise":
         values = options["values"]
         return f"{values[0]:g} to {values[-1]:g}, {len(values)} steps" if len(values) > 1 else f"{values[0]:g}"
+    if spec.name == "warmup":
+        return f"{describe_schedule(options['schedule'])}, warm-up {options['warmup_epochs']:g}"
     shape = SHAPES.get(spec.name)
     if shape:
         return f"{options['initial']:g} to {options.get('final', 0):g}, {shape}"

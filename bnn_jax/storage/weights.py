@@ -1,5 +1,7 @@
 """The weights in use: what the weight quantizers of a network make of its variables, layer by layer."""
 
+import contextlib
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ import numpy as np
 from bnn_jax import files
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.quantizers.base import Encoded, WeightQuantizer, evaluation_context
+
+PARTS = ("kernel", "indices", "levels", "scale")
+# Of a layer: its path, its quantizer, what that was called with, the kernel in use.
+Visit = Callable[[str, WeightQuantizer, tuple, jax.Array], None]
 
 
 def encoded_weights(
@@ -32,23 +38,55 @@ def encoded_weights(
     """
     found: dict[str, Encoded] = {}
 
-    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        module: Any = context.module
-        # The quantizer a layer owns, not one inside another quantizer.
-        of_layer = isinstance(module, WeightQuantizer) and isinstance(module.parent, (QuantConv, QuantDense))
-        if of_layer and context.method_name == "__call__":
-            with jax.ensure_compile_time_eval():
-                encoded = module.encode(*args)
-            if encoded is not None:
-                found["/".join(module.path[:-1])] = encoded
-        return next_function(*args, **kwargs)
+    def visit(layer: str, quantizer: WeightQuantizer, args: tuple, _: jax.Array) -> None:
+        with jax.ensure_compile_time_eval():
+            encoded = quantizer.encode(*args)
+        if encoded is not None:
+            found[layer] = encoded
 
     ctx = evaluation_context(variables)
     # The variables are constants of the traced function, so that they can be computed with while the images cannot.
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with nn.intercept_methods(interceptor):
+    with _visited_layers(visit):
         jax.eval_shape(lambda images: network.apply(variables, images, ctx), images)
     return found
+
+
+def weight_signs(
+    network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> dict[str, jax.Array]:
+    """Signs of the weights in use of every quantized layer, int8 of the kernel's shape, by path; to be jitted.
+
+    Args:
+      network: (images, QuantContext) -> NetworkOutput.
+      variables: variables of the network.
+      image_shape: (H, W, C) of the images it reads.
+    """
+    found: dict[str, jax.Array] = {}
+
+    def visit(layer: str, quantizer: WeightQuantizer, _: tuple, kernel: jax.Array) -> None:
+        if quantizer.cost(kernel.shape).stored_bits < 32:
+            found[layer] = jnp.sign(kernel).astype(jnp.int8)
+
+    with _visited_layers(visit):
+        # Inside jit, what the signs do not depend on is never computed.
+        network.apply(variables, jnp.zeros((1, *image_shape)), evaluation_context(variables))
+    return found
+
+
+def _visited_layers(visit: Visit) -> contextlib.AbstractContextManager:
+    """While it is open, every layer's weights are shown to ``visit``."""
+
+    def interceptor(next_function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module: Any = context.module
+        kernel = next_function(*args, **kwargs)
+        # The quantizer a layer owns, not one inside another quantizer.
+        of_layer = isinstance(module, WeightQuantizer) and isinstance(module.parent, (QuantConv, QuantDense))
+        if of_layer and context.method_name == "__call__":
+            visit("/".join(module.path[:-1]), module, args, kernel)
+        return kernel
+
+    return nn.intercept_methods(interceptor)
 
 
 def save_weights(path: Path, encoded: Mapping[str, Encoded]) -> None:
@@ -64,11 +102,22 @@ def save_weights(path: Path, encoded: Mapping[str, Encoded]) -> None:
     """
     arrays = {}
     for layer, weights in encoded.items():
-        parts = {"kernel": weights.decode(), "indices": weights.indices, "levels": weights.levels}
-        parts["scale"] = weights.scale
-        arrays.update({f"{layer}/{name}": np.asarray(value) for name, value in parts.items()})
+        parts = (weights.decode(), weights.indices, weights.levels, weights.scale)
+        arrays.update({f"{layer}/{name}": np.asarray(value) for name, value in zip(PARTS, parts, strict=True)})
     with files.replacing(path, binary=True) as file:
         np.savez_compressed(file, **arrays)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file is there that ``save_weights`` wrote: all checksums are right, no array of a layer is missing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {tuple(name.rsplit("/", 1)) for name in archive.namelist()}
+            layers = {layer for layer, *_ in names}
+            complete = names == {(layer, f"{part}.npy") for layer in layers for part in PARTS}
+            return bool(names) and complete and archive.testzip() is None
+    except Exception:  # Whatever a damaged file makes zipfile and zlib raise.
+        return False
 
 
 def put_base(variables: dict[str, Any], fresh: dict[str, Any], encoded: Mapping[str, Encoded]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -216,36 +216,42 @@ def _rounded_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def features_of(
+def outputs_of(
     network: Any,
     variables: dict[str, Any],
     split: Split | StreamedSplit,
     *,
+    part: Literal["logits", "features"],
     prepare: PrepareEval,
     batch_size: int,
     devices: Devices,
+    workers: int = 0,
+    choice: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """What the classifier reads, for every image, in evaluation mode.
+    """The logits, or what the classifier reads, for every image, in evaluation mode.
 
     Args:
       network: Linen module.
       variables: params, batch_stats, quant_state.
       split: N images.
+      part: field of the network's output.
       prepare: uint8 images -> normalised float32 images.
       batch_size: images per call.
       devices: placement.
+      workers: processes that read images that are not in memory; 0: threads.
+      choice: branches of a supernet; None for networks without.
 
     Returns:
-      float32 (N, D).
+      float32 (N, K) or (N, D).
     """
+    branches = None if choice is None else jnp.asarray(choice, jnp.int32)
 
     def forward(variables: dict[str, Any], images: Any, labels: Any, rows: Rows, mask: jax.Array) -> jax.Array:
-        return network.apply(
-            variables, prepare(fetch(images, labels, rows)[0]), evaluation_context(variables, mask=mask)
-        ).features
+        context = evaluation_context(variables, mask=mask, choice=branches)
+        return getattr(network.apply(variables, prepare(fetch(images, labels, rows)[0]), context), part)
 
     replicated = devices.replicated
     run = jax.jit(forward, in_shardings=(replicated,) * 3 + (devices.rows,) * 2, out_shardings=replicated)
-    feed, variables = Feed(split, devices), devices.replicate(variables)
+    feed, variables = Feed(split, devices, workers=workers), devices.replicate(variables)
     batches = feed.batches(batch_size)
     return np.concatenate([np.asarray(run(variables, *feed.arrays, *batch))[batch[1]] for batch in batches])

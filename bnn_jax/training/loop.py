@@ -6,6 +6,7 @@ The position in a run is the number of optimiser steps done, nothing else: the o
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnn_jax import run_files
+from bnn_jax.data.augment import RANDOM_CROPS
 from bnn_jax.data.memory import ImageSource
 from bnn_jax.errors import Interrupted, NonFiniteLossError
 from bnn_jax.schedules import Schedule
 from bnn_jax.stages import Stage
 from bnn_jax.storage.checkpoint import CheckpointStore
-from bnn_jax.training import metrics
+from bnn_jax.training import flips, metrics
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.epoch_sums import epoch_means
 from bnn_jax.training.evaluate import Evaluator
@@ -31,6 +33,7 @@ from bnn_jax.training.progress import Progress, speed_text
 from bnn_jax.training.seeds import Seeds
 from bnn_jax.training.state import TrainState
 from bnn_jax.training.step import Constants, StepParts, compile_end_of_epoch, compile_train_steps
+from bnn_jax.training.writers import Writer
 
 # Dispatches that may be under way at once: enough to hide the host's work. Behind slow ones there is nothing to hide,
 # and each that is under way delays a stop.
@@ -190,6 +193,7 @@ class StageLoop:
       options: how it is run.
       devices: placement.
       choice: branches of a supernet that are trained, or None.
+      writer: gets every record too.
     """
 
     def __init__(
@@ -203,11 +207,14 @@ class StageLoop:
         options: LoopOptions,
         devices: Devices,
         choice: Sequence[int] | None = None,
+        writer: Writer | None = None,
     ):
-        self.setup, self.stage, self.seeds = setup, setup.stage, setup.seeds
+        self.setup, self.stage, self.seeds, self.writer = setup, setup.stage, setup.seeds, writer or Writer()
         self.evaluator, self.store, self.metrics_path, self.options = evaluator, store, metrics_path, options
         self.run_steps = compile_train_steps(setup.parts, devices, seeds=self.seeds)
-        self.end_of_epoch = compile_end_of_epoch(setup.parts.objectives, devices, seeds=self.seeds)
+        signs, self.records = flips.signs_program(setup.stage, setup.network, setup.source.image_shape), []
+        self.end_of_epoch = compile_end_of_epoch(setup.parts.objectives, devices, seeds=self.seeds, signs=signs)
+        self.flip_rates = jax.jit(self.seeds.over(functools.partial(flips.flip_rates, signs)))
         self.feed = Feed(setup.source.train, devices, workers=options.workers)
         branches = None if choice is None else np.asarray(choice, np.int32)
         self.constants = Constants(*self.feed.arrays, *devices.replicate((teacher, branches)))
@@ -233,10 +240,15 @@ class StageLoop:
         # Of an epoch that was stopped in its evaluation all steps are done, but it is not over.
         step = state.steps_done - (0 if meta["evaluated"] else 1)
         shape = run_files.record(self.evaluator.splits, several=self.seeds.count > 1)
-        metrics.cut_back(self.metrics_path, step, epochs=step // self.steps_per_epoch, shape=shape)
+        self.records = metrics.cut_back(self.metrics_path, step, epochs=step // self.steps_per_epoch, shape=shape)
+        self.writer.start(self.records)
         meter = EpochMeter(self._refuse_non_finite, meta["epoch_seconds"])
         with Progress(self.stage.name, total=epochs * self.steps_per_epoch, done=state.steps_done) as progress:
             for epoch in range(step // self.steps_per_epoch, epochs):
+                # Asked here, so that a run that was ended behind its last epoch ends there too.
+                if metrics.has_stalled(self.records, patience := self.stage.optim.early_stopping):
+                    progress.report(f"ends after epoch {epoch}: no better validation top-1 for {patience} epochs")
+                    break
                 state = self.run_epoch(state, epoch, meter, progress, stop)
                 meter = EpochMeter(self._refuse_non_finite)
         self.store.wait()
@@ -265,8 +277,10 @@ class StageLoop:
         record = self._record(state, meter, self._evaluate(state, meter, stop))
         # The record is written before the checkpoint: a crash in between repeats the epoch and cuts the record back.
         metrics.append(self.metrics_path, record)
+        self.writer.write(record)
+        self.records.append(record)
         state = self.end_of_epoch(state)
-        self._save(state, selection=record.get("validation_top1", record["test_top1"]))
+        self._save(state, selection=metrics.selection(record))
         progress.report(
             f"{title}  train loss {record['train_loss']:.4f}  train top-1 {record['train_top1']:.2f} %  "
             f"test top-1 {record['test_top1']:.2f} %  {speed_text(record['images_per_second'])}"
@@ -285,7 +299,7 @@ class StageLoop:
             first=first,
             length=self.dispatch_length,
             parts=optim.accumulation_steps,
-            random_crops=(self.stage.seed, epoch),
+            random_crops=(self.stage.seed, epoch) if self.setup.source.augment == RANDOM_CROPS else None,
         )
 
     def _evaluate(self, state: TrainState, meter: EpochMeter, stop: StopRequest) -> dict[str, dict[str, Any]]:
@@ -308,6 +322,8 @@ class StageLoop:
         for split, result in results.items():
             for values, row in zip(each, result.get("seeds", [result]), strict=True):
                 values.update({f"{split}_{name}": row[name] for name in ("top1", "top5", "loss")})
+        for values, rates in zip(each, self.seeds.unstack(jax.device_get(self.flip_rates(state))), strict=True):
+            values.update({f"flip_rate/{layer}": float(rate) for layer, rate in rates.items()})
         return {
             "epoch": step // self.steps_per_epoch - 1,
             "step": step,

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,22 @@ def read(path: Path, *, epochs: int | None = None, shape: Any = None) -> list[di
     Raises:
       UserError: a line is damaged, or an epoch is missing.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not path.exists():
+        return [] if epochs is None else _all_epochs([], epochs, path)
     records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = run_files.parse(line)
-            wrong = run_files.problem(record, shape or run_files.record())
-        except ValueError as error:
-            if number == len(lines):
-                break
-            wrong = str(error)
-        if wrong or record["epoch"] != number - 1:
-            wrong = wrong or f"epoch={record['epoch']}: accepted is {number - 1}"
-            raise UserError(f"{path}: line {number} is damaged: {wrong}; {_remedy(path)}")
-        records.append(record)
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(run_files.MOST_BYTES + 1), b""), start=1):
+            try:
+                record = run_files.parse(line)
+                wrong = run_files.problem(record, shape or run_files.record())
+            except ValueError as error:
+                if not file.read(1):
+                    break
+                wrong = str(error)
+            if wrong or record["epoch"] != number - 1:
+                wrong = wrong or f"epoch={record['epoch']}: accepted is {number - 1}"
+                raise UserError(f"{path}: line {number} is damaged: {wrong}; {_remedy(path)}")
+            records.append(record)
     return records if epochs is None else _all_epochs(records, epochs, path)
 
 
@@ -90,6 +93,22 @@ def _cut_back(path: Path, step: int, epochs: int | None, shape: Any) -> list[dic
         with files.replacing(path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
     return kept
+
+
+def selection(record: Mapping[str, Any]) -> float:
+    """What the best epoch is chosen by: top-1 on images held out of training, or on the test images without any."""
+    return record.get("validation_top1", record["test_top1"])
+
+
+def has_stalled(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether a stage ends early: the best of its epochs, the first of equal ones, is ``patience`` or more back.
+
+    Args:
+      records: of all epochs so far.
+      patience: in epochs; with 0 a stage never ends early.
+    """
+    values = [selection(record) for record in records]
+    return bool(values) and 0 < patience < len(values) - values.index(max(values))
 
 
 def write_csv(records: list[dict[str, Any]], path: Path) -> None:

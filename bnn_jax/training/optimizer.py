@@ -1,7 +1,8 @@
 """Optimisers in PyTorch's order of operations, with parameter groups by path.
 
 PyTorch adds the L2 term to the gradient before momentum or Adam ("coupled"); optax's ``adamw`` does not. The chains
-here do: ``gradient -> clip -> + weight_decay * parameter -> momentum or Adam -> * (-learning_rate)``.
+here do: ``gradient -> clip -> + weight_decay * parameter -> momentum or Adam -> * (-learning_rate)``. Of 'adamw' the
+term comes behind Adam, in front of the learning rate, as in PyTorch's AdamW.
 """
 
 import functools
@@ -33,9 +34,9 @@ def _core(optimizer: Spec) -> optax.GradientTransformation:
             return trace
         # PyTorch's buffer starts as the first gradient, undamped.
         return optax.chain(optax.scale_by_schedule(lambda step: jnp.where(step == 0, 1.0, 1.0 - dampening)), trace)
-    if optimizer.name == "adam":
+    if optimizer.name in ("adam", "adamw"):
         return optax.scale_by_adam(**options)
-    raise ValueError(f"optimizer {optimizer.name!r}: accepted are sgd, adam")
+    raise ValueError(f"optimizer {optimizer.name!r}: accepted are sgd, adam, adamw")
 
 
 def _group_chain(
@@ -46,6 +47,8 @@ def _group_chain(
         return optax.set_to_zero()
     core = _core(optimizer)
     direction = (_decay(group.weight_decay), core if genes is None else _only_chosen(core, genes))
+    if optimizer.name == "adamw":
+        direction = (*reversed(direction), optax.identity() if genes is None else _without_others(genes))
     if group.gradient_knob is not None:
         gated = _only_with_gradient(optax.chain(*direction), group.gradient_knob, without=group.without_gradient)
         direction = (gated,)
@@ -99,6 +102,23 @@ def _only_chosen(core: optax.GradientTransformation, genes: dict[str, int]) -> o
             changes[path] = _select(chosen, change, 0.0)
             states[path] = jax.tree.map(functools.partial(_select, chosen), new, state[path])
         return jax.tree_util.tree_map_with_path(lambda path, _: changes[path_of(path)], updates), states
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _without_others(genes: dict[str, int]) -> optax.GradientTransformationExtraArgs:
+    """Makes the change of every row but the chosen one 0; arguments as those of ``_only_chosen``."""
+
+    def init(params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None, *, ctx: Any = None, **_: Any):
+        choice = ctx.choice  # ``_only_chosen``, which comes first, has looked whether it is there
+
+        def kept(path: Any, change: jax.Array) -> jax.Array:
+            return _select(jnp.arange(change.shape[0]) == choice[genes[path_of(path)]], change, 0.0)
+
+        return jax.tree_util.tree_map_with_path(kept, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -36,9 +36,14 @@ class Update:
 
 
 class Projection:
-    """Base class: a pure function of an update, to be jitted; ``knobs`` are those it reads."""
+    """Base class: a pure function of an update, to be jitted; ``knobs`` are those it reads.
+
+    ``rewrites`` is a pattern of the paths of parameters that it replaces by others, so that an average over steps would
+    mean nothing.
+    """
 
     knobs: ClassVar[tuple[Knob, ...]] = ()
+    rewrites: ClassVar[str] = "^$"
 
     def __call__(self, update: Update, ctx: QuantContext, key: jax.Array) -> Update:
         """The changed update.
@@ -83,6 +88,7 @@ class RefillCodebooks(Projection):
     draw: Draw = random_candidates
 
     knobs: ClassVar[tuple[Knob, ...]] = (REFINE_CODEBOOK,)
+    rewrites: ClassVar[str] = "codebook$"
 
     def __post_init__(self):
         if self.maintenance not in ("clean", "release"):

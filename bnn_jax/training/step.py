@@ -17,15 +17,18 @@ import optax
 from bnn_jax.objectives.base import Batch, Objective, Outputs
 from bnn_jax.quantizers.base import QuantContext, evaluation_context
 from bnn_jax.schedules import Schedule
+from bnn_jax.training import averaging
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.epoch_sums import COUNTS, add_metrics, step_metrics
 from bnn_jax.training.feed import Rows, fetch
+from bnn_jax.training.frozen import Frozen
+from bnn_jax.training.mixup import mixed
 from bnn_jax.training.projections import Projection, Update
 from bnn_jax.training.seeds import ONE_SEED, Seeds
 from bnn_jax.training.state import TrainState
 
 # Streams of random numbers inside a step, each folded into the step's key.
-AUGMENTATION, QUANTIZER, REAL_STREAM, PROJECTION, CHOICE = 0, 1, 2, 3, 4
+AUGMENTATION, QUANTIZER, REAL_STREAM, PROJECTION, CHOICE, MIXUP = 0, 1, 2, 3, 4, 5
 
 PrepareTrain = Callable[[jax.Array, jax.Array], jax.Array]
 # (random key, step) -> int32 (searched layers,).
@@ -66,6 +69,9 @@ class StepParts:
       choose: draws the branches of a step, or None.
       accumulation_steps: parts of a batch that are passed through the network one after another, see
         ``accumulated_pass``.
+      frozen: parameters and modules that no step changes.
+      mixup: alpha of the distribution that images are mixed by, see ``mixup``; 0 mixes none.
+      ema_decay: decay of the average of the weights, see ``averaging``; 0 averages nothing.
     """
 
     network: Any
@@ -78,6 +84,9 @@ class StepParts:
     projections: tuple[Projection, ...] = ()
     choose: Choose | None = None
     accumulation_steps: int = 1
+    frozen: Frozen = dataclasses.field(default_factory=Frozen)
+    mixup: float = 0.0
+    ema_decay: float = 0.0
 
 
 def uniform_choice(genes: int, branches: int) -> Choose:
@@ -133,6 +142,8 @@ def train_step(
     images, labels = fetch(constants.images, constants.labels, rows)
     images = parts.prepare(images, jax.random.fold_in(key, AUGMENTATION))
     batch = Batch(images=images, labels=labels, mask=mask)
+    if parts.mixup:
+        batch = mixed(batch, jax.random.fold_in(key, MIXUP), alpha=parts.mixup)
     knobs = {name: schedule(state.step) for name, schedule in parts.knobs.items()}
     choice = constants.choice
     if parts.choose is not None:
@@ -145,15 +156,26 @@ def train_step(
     changes, opt_state = parts.optimizer.update(update.grads, update.opt_state, update.params, ctx=ctx)
     new_state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(update.params, changes),
+        params=parts.frozen.keep_params(state.params, optax.apply_updates(update.params, changes)),
         batch_stats=done.batch_stats,
-        quant_state=update.quant_state,
+        quant_state=parts.frozen.keep_state(state.quant_state, update.quant_state),
         opt_state=opt_state,
         objective_state=done.objective_state,
         metric_sums=add_metrics(state.metric_sums, done.metrics, state.step),
         knobs={name: jnp.asarray(knobs.get(name, old), jnp.float32) for name, old in state.knobs.items()},
     )
     return new_state, done.metrics
+
+
+def averaged_step(
+    parts: StepParts, state: TrainState, constants: Constants, rows: Rows, mask: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """``train_step``, and the average of the weights where ``parts`` asks for one."""
+    if not parts.ema_decay:
+        return train_step(parts, state, constants, rows, mask)
+    stepped, metrics = train_step(parts, averaging.moving(state), constants, rows, mask)
+    rewritten = tuple(projection.rewrites for projection in parts.projections)
+    return averaging.averaged(state, stepped, decay=parts.ema_decay, not_averaged=rewritten), metrics
 
 
 def one_pass(
@@ -175,7 +197,7 @@ def one_pass(
         teacher_logits = parts.teacher.apply(teacher, batch.images, own_ctx).logits
 
     def terms_function(params: Any):
-        variables = {**state.variables, "params": params}
+        variables = {**state.variables, "params": parts.frozen.stop_gradient(params)}
         outputs, updates = forward(parts, variables, batch.images, ctx, key=key)
         outputs = outputs.replace(teacher_logits=teacher_logits)
         terms = {o.name: o(outputs, batch, state.objective_state.get(o.name, {}), ctx) for o in parts.objectives}
@@ -255,24 +277,26 @@ def forward(
       The outputs (without a teacher's), and the collections the pass changed.
     """
     with_real_stream = needs_real_features(parts.objectives)
-    output, updates = parts.network.apply(
-        variables,
-        images,
-        ctx,
-        mutable=["batch_stats", "quant_state", *(["taps", "block_features"] if with_real_stream else [])],
-        rngs={"quant": jax.random.fold_in(key, QUANTIZER)},
-    )
+    with parts.frozen.fixed_norms():
+        output, updates = parts.network.apply(
+            variables,
+            images,
+            ctx,
+            mutable=["batch_stats", "quant_state", *(["taps", "block_features"] if with_real_stream else [])],
+            rngs={"quant": jax.random.fold_in(key, QUANTIZER)},
+        )
     outputs = Outputs(logits=output.logits, features=output.features)
     if with_real_stream:
         # The second pass reads the outputs of the first, changes nothing and carries no gradient.
-        _, real = parts.network.apply(
-            # Without any quantized layer there is nothing to read: the two streams are then the same.
-            jax.lax.stop_gradient({**variables, "taps": updates.get("taps", {})}),
-            images,
-            ctx.replace(stream="real"),
-            mutable=["block_features"],
-            rngs={"quant": jax.random.fold_in(key, REAL_STREAM)},
-        )
+        with parts.frozen.fixed_norms():
+            _, real = parts.network.apply(
+                # Without any quantized layer there is nothing to read: the two streams are then the same.
+                jax.lax.stop_gradient({**variables, "taps": updates.get("taps", {})}),
+                images,
+                ctx.replace(stream="real"),
+                mutable=["block_features"],
+                rngs={"quant": jax.random.fold_in(key, REAL_STREAM)},
+            )
         features = (jax.tree.leaves(collection.get("block_features", {})) for collection in (updates, real))
         outputs = outputs.replace(block_features=tuple(next(features)), real_features=tuple(next(features)))
     return outputs, {name: updates[name] for name in ("batch_stats", "quant_state") if name in updates}
@@ -325,7 +349,7 @@ def compile_train_steps(parts: StepParts, devices: Devices, *, seeds: Seeds = ON
       seeds: of several, S, the state is stacked, rows and mask are (K, S, N), the metrics (K, S).
     """
     shared = Constants(images=None, labels=None, teacher=0 if seeds.own_teachers else None)
-    step = seeds.over(functools.partial(train_step, parts), in_axes=(0, shared, 0, 0))
+    step = seeds.over(functools.partial(averaged_step, parts), in_axes=(0, shared, 0, 0))
 
     def run(state: TrainState, constants: Constants, rows: Rows, mask: jax.Array):
         length = mask.shape[0]
@@ -344,9 +368,20 @@ def compile_train_steps(parts: StepParts, devices: Devices, *, seeds: Seeds = ON
 
 
 def compile_end_of_epoch(
-    objectives: Sequence[Objective], devices: Devices, *, seeds: Seeds = ONE_SEED
+    objectives: Sequence[Objective],
+    devices: Devices,
+    *,
+    seeds: Seeds = ONE_SEED,
+    signs: Callable[[TrainState], Any] | None = None,
 ) -> Callable[[TrainState], TrainState]:
-    """Jitted function that lets the objectives close the epoch and clears the epoch's sums, of one seed or several."""
+    """Jitted function that lets the objectives close the epoch and clears the epoch's sums, of one seed or several.
+
+    Args:
+      objectives: loss terms.
+      devices: placement.
+      seeds: those whose states are stacked.
+      signs: gives the signs of the weights, with which the next epoch's are compared; None: they are not.
+    """
 
     def end_of_epoch(state: TrainState) -> TrainState:
         states = {
@@ -356,7 +391,8 @@ def compile_end_of_epoch(
         }
         sums = jax.tree.map(jnp.zeros_like, state.metric_sums)
         sums["non_finite_step"] = jnp.full((), -1, jnp.int32)
-        return state.replace(objective_state=states, metric_sums=sums)
+        kept = {} if signs is None else signs(state)
+        return state.replace(objective_state=states, metric_sums=sums, signs=kept)
 
     run = seeds.over(end_of_epoch)
     return jax.jit(run, in_shardings=(devices.replicated,), out_shardings=devices.replicated, donate_argnums=0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bnn_jax import picture_files
 from bnn_jax.data import augment
 from bnn_jax.data.augment import change_light, crop_and_flip, draw_crops, prepare_eval, prepare_train
 from bnn_jax.data.order import Purpose, random_bits
@@ -282,14 +283,14 @@ def test_without_a_fitting_draw_the_largest_central_part_is_taken(height, width,
     [(375, 500, (256, 341)), (500, 375, (341, 256)), (256, 256, (256, 256)), (100, 301, (256, 770))],
 )
 def test_the_longer_side_is_cut_off_to_an_integer(height, width, expected):
-    assert augment.resize_shorter_side(Image.new("RGB", (width, height)), 256).size == expected[::-1]
+    assert picture_files.covering(Image.new("RGB", (width, height)), 256, 256).size == expected[::-1]
 
 
 def test_half_a_pixel_beside_the_centre_goes_to_the_even_offset():
     rows, columns = np.meshgrid(np.arange(341), np.arange(343) % 256, indexing="ij")
     pixels = np.stack([rows % 256, columns, rows // 256], axis=-1).astype(np.uint8)
     # 341 is the shorter side already, round(298 * 256 / 224): offsets of 21.5 and 22.5 pixels.
-    found = augment.evaluation_image(makers.encoded(Image.fromarray(pixels), "PNG"), 298)
+    found = picture_files.evaluation_image(makers.encoded(Image.fromarray(pixels), "PNG"), 298)
     np.testing.assert_array_equal(found, pixels[22 : 22 + 298, 22 : 22 + 298])
 
 
@@ -309,13 +310,15 @@ def _plain_evaluation(image, size, side):
 def test_an_evaluated_image_has_the_pixels_of_pillow(height, width):
     content = makers.encoded(makers.smooth_picture(height, width, seed=height))
     expected = _plain_evaluation(Image.open(io.BytesIO(content)), 224, 256)
-    np.testing.assert_array_equal(augment.evaluation_image(content, 224), expected)
+    np.testing.assert_array_equal(picture_files.evaluation_image(content, 224), expected)
 
 
 def test_pixels_stored_as_ppm_are_those_of_the_picture():
     content = makers.encoded(makers.smooth_picture(70, 90, seed=0))
     pixels = makers.encoded(Image.open(io.BytesIO(content)), "PPM")
-    np.testing.assert_array_equal(augment.evaluation_image(content, 24), augment.evaluation_image(pixels, 24))
+    np.testing.assert_array_equal(
+        picture_files.evaluation_image(content, 24), picture_files.evaluation_image(pixels, 24)
+    )
     for decoder in ("pillow", "opencv") if importlib.util.find_spec("cv2") else ("pillow",):
         ours, theirs = (augment.training_image(kind, 24, _bits(0), decoder=decoder) for kind in (content, pixels))
         np.testing.assert_array_equal(ours, theirs)
@@ -352,7 +355,7 @@ def test_other_kinds_of_pictures_become_rgb(mode, file_format, options, decoder)
     assert image.shape == (24, 24, 3)
     # JPEG changes colours by a few levels, CMYK most.
     assert np.abs(image - expected).mean() < 4
-    assert augment.evaluation_image(content, 24).shape == (24, 24, 3)
+    assert picture_files.evaluation_image(content, 24).shape == (24, 24, 3)
 
 
 def test_both_decoders_give_nearly_the_same_training_images():

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from bnn_jax import data
+from bnn_jax import data, picture_files
 from bnn_jax.data import augment, stream
 from bnn_jax.data.order import Purpose, random_bits
 from bnn_jax.errors import DataError
@@ -77,7 +77,9 @@ def test_batches_follow_the_plan(split, contents):
     for row, columns in enumerate(plan):
         for column, number in enumerate(columns):
             np.testing.assert_array_equal(
-                images[row, column], augment.evaluation_image(contents[number][0], SIZE), err_msg=f"{row}, {column}"
+                images[row, column],
+                picture_files.evaluation_image(contents[number][0], SIZE),
+                err_msg=f"{row}, {column}",
             )
 
 

@@ -82,3 +82,13 @@ def test_without_a_network_of_its_own_a_teacher_file_is_of_the_stages_network(tm
 def test_an_objective_that_needs_a_teacher_needs_one() -> None:
     with pytest.raises(UserError, match="stage sub_bit: an objective needs a teacher, and the stage names none"):
         set_up_with(teacher=None)
+
+
+def test_what_a_stage_says_of_its_images_and_of_an_average_reaches_the_step() -> None:
+    stage = EXPERIMENT.stages[-1]
+    setup = set_up_with(
+        data=dataclasses.replace(stage.data, mixup=0.2, color_jitter=0.3),
+        optim=dataclasses.replace(stage.optim, ema_decay=0.9),
+    )
+    assert (setup.parts.mixup, setup.parts.ema_decay) == (0.2, 0.9)
+    assert setup.parts.prepare.keywords["color_jitter"] == 0.3

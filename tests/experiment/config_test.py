@@ -182,7 +182,7 @@ def test_an_unknown_key_that_is_like_no_other_is_refused_with_those_of_its_secti
 def test_an_unknown_section_is_refused_with_what_there_is():
     message = refusal(**{"skd.alpha": 1.0})
     assert message.startswith("config.skd.alpha: unknown key; accepted are extra_objective_weights, ")
-    assert message.endswith("seed, asbq.*, data.*, train.*")
+    assert message.endswith("seed, asbq.*, data.*, log.*, train.*")
 
 
 @pytest.mark.parametrize("key", ["seed", "train.momentum", "asbq.kd_factor"])
@@ -218,13 +218,16 @@ def test_chains_of_other_bit_widths_are_accepted(bits):
         # the right name in another section
         ("momentum", "train.momentum"),
         ("train.num_train", "data.num_train"),
+        # a word of a name
+        ("train.clip", "train.gradient_clip_norm"),
+        ("train.decay", "train.ema_decay or config.train.weight_decay"),
     ],
 )
 def test_a_suggestion_names_the_flag_to_type(unknown, meant):
     assert suggest(unknown, keys_of((*SHARED, "asbq"))) == f"did you mean config.{meant}?"
 
 
-@pytest.mark.parametrize("unknown", ["train.clip", "train", "train.lr"])
+@pytest.mark.parametrize("unknown", ["train.cutoff", "train", "train.lr"])
 def test_nothing_is_suggested_that_is_not_near(unknown):
     message = suggest(unknown, keys_of((*SHARED, "asbq")))
     assert message == f"accepted are {', '.join(sorted(keys_of(['train'])))}"

@@ -83,11 +83,23 @@ def test_keys_that_say_where_or_how_may_change(started):
         "train.eval_batch_size": 4,
         "train.steps_per_dispatch": 2,
         "train.checkpoint_seconds": 1.0,
+        "log.tensorboard": True,
+        "log.wandb": True,
     }
     # One belongs to a method of its own.
     assert set(changes) | {"basq.paths_at_once"} == LOCATION_KEYS
     assert set(changes) <= set(flatten(config()))
     claim(started, **changes)
+
+
+def test_a_key_that_an_older_run_does_not_know_had_the_effect_of_its_default(started):
+    path = started / "config.json"
+    content = json.loads(path.read_text())
+    del content["config"]["log"], content["config"]["train"]["ema_decay"]
+    path.write_text(json.dumps(content))
+    claim(started)
+    with pytest.raises(UserError, match=r"another config: config\.train\.ema_decay: 0\.0 -> 0\.9;"):
+        claim(started, **{"train.ema_decay": 0.9})
 
 
 def test_equal_configs_that_mean_other_stages_are_refused(started):

@@ -97,7 +97,7 @@ IMAGENET = f"--config={ROOT / 'configs' / 'asbq_resnet18.py'}"
         ((QUICKSTART, "--config.data.validation_fraction=0.01"), ["config.data.validation_fraction=0.01"]),
         (
             (QUICKSTART, "--config.network=vgg_small", "--config.data.image_size=4"),
-            ["stage w32a32: network 'vgg_small' with images of 4x4x3: they are too small"],
+            ["network 'vgg_small' with images of 4x4x3: they are too small; accepted are 8x8 and larger"],
         ),
     ],
     ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, tuple) else "",

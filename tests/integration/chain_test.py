@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,6 +188,12 @@ def test_report_has_the_table_and_a_picture(chain):
     assert [row["stage"] for row in content["stages"]] == [name[3:] for name in CHAIN]
     assert (chain[0] / "chain.png").read_bytes().startswith(b"\x89PNG")
     assert content["picture"] == str(chain[0] / "chain.png")
+    # The classes together are what the evaluation after the last epoch counted.
+    rows = [row for row in content["classes"] if row["images"]]
+    right = sum(row["images"] * row["top1"] for row in rows) / sum(row["images"] for row in rows)
+    assert right == pytest.approx(content["stages"][-1]["last_top1"])
+    assert content["classified_by"] == "w1a1" and "Classes of stage w1a1" in finished.stdout
+    assert all(Path(path).is_file() for path in content["numbers"])
 
 
 # ---- training again

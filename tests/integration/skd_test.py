@@ -67,7 +67,7 @@ def test_gradient_norms_are_recorded_on_demand(tmp_path, whole):
 def test_report_draws_the_label_bank_and_the_features(whole):
     pytest.importorskip("matplotlib")
     finished = launch_well(*MLP, f"--workdir={whole}", "--mode=report", "--json")
-    names = ["chain.png", "accuracies.png", "label_bank.png", "features.png"]
+    names = [f"{name}.png" for name in ("chain", "accuracies", "label_bank", "features", "confusion", "mistakes")]
     assert finished.last_json["pictures"] == [str(whole / name) for name in names]
     assert finished.last_json["picture"] == str(whole / "chain.png")
     for name in names:
@@ -82,7 +82,7 @@ def test_report_goes_on_without_a_picture_that_cannot_be_drawn(tmp_path, whole):
     launch_well(*three_images)
     finished = launch_well(*three_images, "--mode=report", "--json")
     names = [Path(path).name for path in finished.last_json["pictures"]]
-    assert names == ["chain.png", "accuracies.png", "label_bank.png"]
+    assert names == ["chain.png", "accuracies.png", "label_bank.png", "confusion.png", "mistakes.png"]
     assert "no features.png of stage train: " in finished.stderr and "there are 3" in finished.stderr
     assert not (tmp_path / "features.png").exists()
 

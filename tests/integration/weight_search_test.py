@@ -137,7 +137,9 @@ def test_evaluation_needs_no_random_number_and_repeats_the_last_epoch(ternary):
 def test_report_draws_the_accuracies(ternary):
     pytest.importorskip("matplotlib")
     finished = launch_well(*ternary, "--mode=report", "--json")
-    assert [Path(path).name for path in finished.last_json["pictures"]] == ["chain.png", "accuracies.png"]
+    assert [Path(path).name for path in finished.last_json["pictures"]] == [
+        *("chain.png", "accuracies.png", "confusion.png", "mistakes.png")
+    ]
     with PIL.Image.open(finished.last_json["pictures"][1]) as image:
         assert min(image.size) > 500
 

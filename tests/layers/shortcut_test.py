@@ -27,6 +27,13 @@ def test_a_stride_averages_squares():
     np.testing.assert_allclose(y[0, 0, 0, :3], images(3)[0, :2, :2].mean(axis=(0, 1)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("side", [5, 7])
+def test_an_odd_side_is_filled_up_with_zeros(side):
+    filled = np.pad(images(3, side), ((0, 0), (0, 1), (0, 1), (0, 0)))
+    expected = filled.reshape(2, (side + 1) // 2, 2, (side + 1) // 2, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(flexible_shortcut(images(3, side), 3, stride=2), expected, atol=1e-6)
+
+
 def test_channels_that_are_no_multiple_are_refused():
     with pytest.raises(ValueError, match="10 channels are no multiple of 4"):
         flexible_shortcut(images(4), 10)

@@ -112,6 +112,7 @@ def test_quantizers_in_a_few_words(quantizer, text) -> None:
         (spec("cosine_by_epoch", initial=0.2, final=1e-5, warmup_epochs=3), "0.2 to 1e-05, cosine"),
         (spec("linear_by_epoch", initial=0.001), "0.001 to 0, linear"),
         (spec("every", interval=25), "every"),
+        (spec("warmup", schedule=spec("cosine", initial=0.2), warmup_epochs=2.5), "0.2 to 0, cosine, warm-up 2.5"),
     ],
 )
 def test_schedules_in_a_few_words(schedule, text) -> None:

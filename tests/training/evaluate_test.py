@@ -6,7 +6,7 @@ import pytest
 
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator, features_of
+from bnn_jax.training.evaluate import Evaluator, outputs_of
 from tests.training import tiny
 
 DATA = tiny.source(num_test=11, num_validation=4)
@@ -80,10 +80,11 @@ def test_an_evaluation_asked_to_stop_after_its_last_batch_is_finished():
 
 @pytest.mark.parametrize("batch_size", [11, 4, 500])
 def test_features_are_those_of_every_image_in_order(batch_size):
-    found = features_of(
+    found = outputs_of(
         NETWORK,
         tiny.variables(),
         DATA.test,
+        part="features",
         prepare=tiny.prepare_for_evaluation,
         batch_size=batch_size,
         devices=all_devices(),

@@ -75,11 +75,12 @@ def pytorch_sgd(
     return p
 
 
-def pytorch_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> np.ndarray:
+def pytorch_adam(*, b1: float, b2: float, eps: float, weight_decay: float = 0.0, decoupled: float = 0.0) -> np.ndarray:
     p = flat64(parameters())
     m, v = np.zeros_like(p), np.zeros_like(p)
     for step in range(STEPS):
         g = flat64(gradients(step)) + weight_decay * p
+        p = p - RATES[step] * decoupled * p
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         denominator = np.sqrt(v / (1 - b2 ** (step + 1))) + eps
         p = p - RATES[step] * m / (1 - b1 ** (step + 1)) / denominator
@@ -107,6 +108,22 @@ def test_adam_follows_pytorch_with_coupled_weight_decay(weight_decay):
     options = {"b1": 0.8, "b2": 0.95, "eps": 1e-6}
     params = train(optim_spec(spec("adam", **options), groups=(ParameterGroup(".*", weight_decay=weight_decay),)))
     np.testing.assert_allclose(flat64(params), pytorch_adam(**options, weight_decay=weight_decay), **TOLERANCE)
+
+
+def test_adamw_follows_pytorch_with_decoupled_weight_decay():
+    options = {"b1": 0.8, "b2": 0.95, "eps": 1e-6}
+    params = train(optim_spec(spec("adamw", **options), groups=(ParameterGroup(".*", weight_decay=0.5),)))
+    np.testing.assert_allclose(flat64(params), pytorch_adam(**options, decoupled=0.5), **TOLERANCE)
+
+
+def test_of_branches_adamw_decays_the_chosen_one_alone():
+    groups = (ParameterGroup(".*", weight_decay=0.5),)
+    optim = optim_spec(spec("adamw"), groups=groups, unselected_branches="freeze")
+    params = {"bound": jnp.asarray([1.0, 2.0, 3.0])}
+    optimizer = make_optimizer(optim, params, schedule=schedule, branch_patterns=("bound",))
+    ctx = QuantContext(choice=jnp.asarray([1]))
+    changes, _ = optimizer.update({"bound": jnp.zeros(3)}, optimizer.init(params), params, ctx=ctx)
+    np.testing.assert_allclose(changes["bound"], [0.0, -0.1 * 0.5 * 2.0, 0.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [0.5, 1e6])
