@@ -34,8 +34,8 @@ from bnn_jax.deploy import artefact, interchange, load, native
 from bnn_jax.deploy.weights import PatternWeights
 from bnn_jax.experiment.build import make_experiment
 from bnn_jax.experiment.config import validate
-from bnn_jax.experiment.evaluate import evaluated_choice, only_test, read_stage
-from bnn_jax.experiment.export import export_stage
+from bnn_jax.experiment.evaluation import evaluated_choice, only_test, read_stage
+from bnn_jax.experiment.exports import export_stage
 from bnn_jax.experiment.folder import RunFolder, provenance
 from bnn_jax.experiment.load import load_images
 from bnn_jax.quantizers.base import evaluation_context

@@ -16,6 +16,7 @@ from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint, parse_choice
 from bnn_jax.storage.weights import encoded_weights, is_sound, save_weights
 from bnn_jax.training import metrics
+from bnn_jax.training.devices import describe_devices
 from bnn_jax.training.loop import Setup
 from bnn_jax.training.progress import say
 from bnn_jax.training.seeds import Seeds, table_row
@@ -87,7 +88,6 @@ def _write_weights(
 
 def described_run(experiment: Experiment, stage: Stage, source: ImageSource) -> dict[str, Any]:
     """What the result of every stage says about where it comes from."""
-    device = jax.devices()[0]
     return {
         "stage": stage.name,
         "bits": stage.bits,
@@ -97,7 +97,7 @@ def described_run(experiment: Experiment, stage: Stage, source: ImageSource) -> 
         "data_mean": list(source.mean),
         "data_std": list(source.std),
         "stage_fingerprint": fingerprint(stage, experiment.stages),
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "device": describe_devices(),
         **provenance(),
     }
 
