@@ -1,6 +1,7 @@
 # make run    a small 32->8->4->2->1-bit chain on scikit-learn's digits: installs, trains, prints a table, saves a plot
 # make test   the default test suite
 # make lint   style, formatting, types
+# make docs   the documentation, into site/; warnings are errors
 # make clean  removes the environment and the caches; runs/ stays
 #
 # Everything is installed into .venv, by uv where it is on PATH, else by pip. Settings:
@@ -14,7 +15,7 @@ TEST_WORKERS ?= 2
 comma := ,
 extras = $(1)$(if $(EXTRAS),$(comma)$(EXTRAS))
 
-.PHONY: run test lint clean
+.PHONY: run test lint docs clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.installed-$(call extras,report)
@@ -30,8 +31,12 @@ lint: $(VENV)/.installed-$(call extras,dev$(comma)report$(comma)test)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist site *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, so that only a change of setup.py installs again. uv has settings of its own, so where

@@ -17,13 +17,14 @@ usage: python launch.py --config=FILE[:smoke] [--config.KEY=VALUE ...] [options]
   --mode=MODE            train      train all stages; skips finished, goes on with interrupted ones
                          evaluate   accuracy on the test images
                          summary    parameters, bits and operations per layer
-                         report     table and pictures of the finished stages
+                         report     table and pictures of the finished stages; without --config
+                                    tables and plots of the documents, from results/
                          export     the network of a stage as a small file that classifies
                          predict    classes of pictures, given behind the options
                          (default train)
   --stage=NAME           train: train this stage and all after it again; moves old results aside
                          summary: which stage; evaluate, export, predict: NAME or NAME@best
-  --checkpoint=PATH      evaluate, export, predict: a PyTorch file (.pth, .pth.tar, .th) or a folder
+  --checkpoint=PATH      evaluate, export, predict: weights (.pth, .safetensors, .npz) or a folder
                          evaluate, predict, summary: an exported file (.bnn), without --config
   --output=FILE          export: file to write (default: in the stage folder, or beside PATH)
   --format=FORMAT        export: bnn (default), or with float weights stablehlo, onnx
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     from bnn_jax import command_line, hosts
-    from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError
+    from bnn_jax.errors import Interrupted, NonFiniteLossError, UserError, one_line
 
     group = hosts.Group()
     try:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as stopped:
         return group.finish(128 + stopped.signal_number, str(stopped))
     except UserError as error:
-        return group.fail(1 if isinstance(error, NonFiniteLossError) else 2, command_line.one_line(error))
+        return group.fail(1 if isinstance(error, NonFiniteLossError) else 2, one_line(error))
     except KeyboardInterrupt:
         message = "stopped; what was saved is kept, the same command goes on from there"
         return group.fail(128 + signal.SIGINT, message, label="")
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
             where = f"{error.filename}: " if error.filename else ""
             return group.fail(2, f"{where}{describe_os_error(error)}")
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return group.fail(2, f"not enough memory: {command_line.one_line(error)[:200]}")
+            return group.fail(2, f"not enough memory: {one_line(error)[:200]}")
         if group.is_alone:
             raise
         traceback.print_exc()

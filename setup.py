@@ -53,6 +53,8 @@ KERNELS = Extension(
     optional=True,
 )
 
+REPOSITORY = "https://github.com/OWNER/bnn_jax"  # where this project lies; a test names the files that repeat it
+
 
 def training_kernels() -> list[Extension]:
     """The convolutions of training, where jaxlib's headers of XLA's foreign function interface are at hand."""
@@ -79,6 +81,7 @@ setup(
     long_description=read_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url=REPOSITORY,
     python_requires=">=3.11",
     packages=find_packages(include=["bnn_jax", "bnn_jax.*"]),
     package_data={"bnn_jax.deploy": ["kernels/*"], "bnn_jax.ops": ["kernels/*"]},
@@ -92,6 +95,12 @@ setup(
         "wandb": ["wandb>=0.18"],  # config.log.wandb
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0", "tensorboardX>=2.6", "dm-pix>=0.4.3"],
         "report": ["matplotlib>=3.9"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=1.0",
+            "l2m4m>=1.0.4",  # formulas as MathML
+        ],
         "onnx": ["onnx>=1.16"],  # --mode=export --format=onnx
         "dev": ["ruff>=0.17,<0.18", "pyright[nodejs]>=1.1.408", "pre-commit>=4.0"],
     },

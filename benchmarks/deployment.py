@@ -34,8 +34,8 @@ from bnn_jax.deploy import artefact, interchange, load, native
 from bnn_jax.deploy.weights import PatternWeights
 from bnn_jax.experiment.build import make_experiment
 from bnn_jax.experiment.config import validate
-from bnn_jax.experiment.evaluate import evaluated_choice, only_test, read_stage
-from bnn_jax.experiment.export import export_stage
+from bnn_jax.experiment.evaluation import evaluated_choice, only_test, read_stage
+from bnn_jax.experiment.exports import export_stage
 from bnn_jax.experiment.folder import RunFolder, provenance
 from bnn_jax.experiment.load import load_images
 from bnn_jax.quantizers.base import evaluation_context
@@ -68,7 +68,10 @@ ROWS = {
         released="asbq_resnet20_cifar10_w4a4.pth.tar",
         stage="w4a4",
     ),
-    "asbq 1 bit": Row("asbq_resnet20", (*FEW_STEPS, "--config.asbq.bits=(1,)", "--config.asbq.epochs=(1,)")),
+    "asbq 1 bit": Row(
+        "asbq_resnet20",
+        (*FEW_STEPS, "--config.asbq.bits=(1,)", "--config.asbq.epochs=(1,)", "--config.asbq.learning_rates=(0.01,)"),
+    ),
     "recu": Row("recu_resnet20", (*FEW_STEPS, "--config.recu.epochs=2", "--config.recu.warmup_epochs=1")),
     "weight_search 1b": Row("weight_search_resnet20", (*FEW_STEPS, "--config.weight_search.epochs=(1,)")),
     "weight_search 3 values": Row(

@@ -1,12 +1,12 @@
 """Changes valid files at random and reads them: whatever is in a file, the answer is its content or one line.
 
-    python benchmarks/fuzz.py [--seconds=60] [--seed=0] [--readers=json,pytorch]
+    python benchmarks/fuzz.py [--seconds=60] [--seed=0] [--readers=json,pytorch,safetensors,npz]
 
 `json`: the files of a run folder, made of the shapes that `bnn_jax/run_files.py` declares, with another value, field or
 byte; what is accepted is handed to those who read it. `pytorch`: checkpoints with other bytes, in the file and in the
-pickle within. A finding is an error that is no UserError, or an answer after more than `SLOW` seconds. The last line is
-one JSON object; the exit status is 1 with findings, each of which is printed with the number of its case: the same seed
-makes the same cases.
+pickle within. `safetensors` and `npz`: other bytes, headers with other values. A finding is an error that is no
+UserError, or an answer after more than `SLOW` seconds. The last line is one JSON object; the exit status is 1 with
+findings, each of which is printed with the number of its case: the same seed makes the same cases.
 """
 
 import argparse
@@ -17,11 +17,13 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,7 +34,7 @@ from bnn_jax.experiment.results import best_of
 from bnn_jax.report import tables
 from bnn_jax.search.evolution import Evolution, Settings, restored_rng
 from bnn_jax.stages import differing_keys
-from bnn_jax.storage import pytorch
+from bnn_jax.storage import other_files
 from bnn_jax.training import metrics
 from bnn_jax.training.seeds import table_row
 from tests.storage.torch_writer import Opcodes, assemble, save, saved, write, write_legacy
@@ -141,8 +143,8 @@ def json_case(draw: random.Random, path: Path) -> Callable[[Path], None]:
 # ---- PyTorch's files
 
 
-def read_pytorch(path: Path) -> None:
-    for array in pytorch.convert_names(pytorch.state_dict(pytorch.read_pytorch(path))).values():
+def read_arrays(path: Path) -> None:
+    for array in other_files.read_arrays(path).values():
         array.copy()
 
 
@@ -162,16 +164,51 @@ def pytorch_case(draw: random.Random, path: Path) -> Callable[[Path], None]:
         write(
             path, Opcodes(pickled), {key: other_bytes(raw, draw) if kind < 0.1 else raw for key, raw in records.items()}
         )
-        return read_pytorch
+        return read_arrays
     if kind < 0.75:
         save(path, state)
     else:
         write_legacy(path, content, records)
     path.write_bytes(other_bytes(path.read_bytes(), draw))
-    return read_pytorch
+    return read_arrays
 
 
-READERS = {"json": json_case, "pytorch": pytorch_case}
+# ---- files of arrays
+
+ARRAYS = {"params/conv1/kernel": np.arange(36, dtype=np.float32).reshape(3, 3, 2, 2), "params/fc/bias": np.arange(3.0)}
+
+
+def safetensors_case(draw: random.Random, path: Path) -> Callable[[Path], None]:
+    """Writes a changed file of safetensors and tells who reads it."""
+    content = safetensors.numpy.save(ARRAYS, metadata={"format": "np"})
+    if draw.random() < 0.5:
+        path.write_bytes(other_bytes(content, draw))
+        return read_arrays
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for _ in range(draw.randint(0, 2)):
+        header = changed(header, draw)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    return read_arrays
+
+
+def npz_case(draw: random.Random, path: Path) -> Callable[[Path], None]:
+    """Writes a changed file of numpy's, within its arrays or around them, and tells who reads it."""
+    inside = draw.random() < 0.5
+    with zipfile.ZipFile(path, "w", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+        for name, array in ARRAYS.items():
+            file = io.BytesIO()
+            np.save(file, array)
+            content = other_bytes(file.getvalue(), draw) if inside else file.getvalue()
+            # A name without a date: the same case has the same bytes.
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content)
+    if not inside:
+        path.write_bytes(other_bytes(path.read_bytes(), draw))
+    return read_arrays
+
+
+READERS = {"json": json_case, "pytorch": pytorch_case, "safetensors": safetensors_case, "npz": npz_case}
 
 
 def try_case(make: Callable[[random.Random, Path], Callable[[Path], None]], name: str, folder: Path) -> str:
@@ -215,7 +252,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long")
     parser.add_argument("--seed", type=int, default=0, help="of the cases")
-    parser.add_argument("--readers", default=",".join(READERS), help="which of json, pytorch")
+    parser.add_argument("--readers", default=",".join(READERS), help=f"which of {', '.join(READERS)}")
     options = parser.parse_args()
     counts, findings = fuzz(options.readers.split(","), seed=options.seed, seconds=options.seconds)
     for finding in findings[:20]:

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Experiment, make_experiment, set_up
 from bnn_jax.experiment.config import validate
-from bnn_jax.experiment.evaluate import make_evaluator
+from bnn_jax.experiment.evaluation import make_evaluator
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import load_images
 from bnn_jax.experiment.start import first_variables, new_state

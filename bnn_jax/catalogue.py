@@ -48,7 +48,7 @@ _FACTS: tuple[tuple[str, Facts], ...] = (
     (r"hardtanh_vgg_small", Facts(released_init="he_normal", first_layer="conv0", least_side=VGG_SIDE)),
     (r"hardtanh_mlp", Facts(last_layer="fc4", dense=True)),
     (r"standard_resnet(18|34|50)", Facts(inits=FAN_OUT, behind_relu=True, least_side=IMAGENET_SIDE)),
-    (r"standard_resnet\d+(_cifar)?", Facts(inits=FAN_IN, behind_relu=True)),
+    (r"standard_resnet\d+(_cifar|_projection)?", Facts(inits=FAN_IN, behind_relu=True)),
     (r"standard_vgg_small", Facts(inits=FAN_OUT, first_layer="conv0", behind_relu=True, least_side=VGG_SIDE)),
     (r"reactnet(18|34)", Facts(inits=("uniform", "uniform"), least_side=IMAGENET_SIDE)),
     (r"reactnet\d+(_cifar)?", Facts(inits=("uniform", "uniform"))),
@@ -66,10 +66,19 @@ def facts_of(network: str) -> Facts:
 def blocks_of_depth(network: str) -> tuple[str, int] | None:
     """Family and blocks per stage of a CIFAR network of depth 6n + 2: ('standard_resnet', 5) for 'standard_resnet32'.
 
-    None for names of another form. ImageNet's networks have names of the same form ('standard_resnet50'): they come
-    first.
+    'standard_resnet32_projection' has a convolution on each shortcut that changes the shape ("option B"). None for
+    names of another form. ImageNet's networks have names of the same form ('standard_resnet50'): they come first.
     """
-    match = re.fullmatch(r"((?:hardtanh_|standard_)?resnet|reactnet)([1-9]\d{0,2})", network)
+    form = r"((?:hardtanh_|standard_)?resnet|reactnet)([1-9]\d{0,2})(_projection)?"
+    match = re.fullmatch(form, network)
     if match is None or (int(match[2]) - 2) % 6 or int(match[2]) < 8:
         return None
-    return match[1], (int(match[2]) - 2) // 6
+    if match[3] and match[1] != "standard_resnet":
+        return None
+    return match[1] + (match[3] or ""), (int(match[2]) - 2) // 6
+
+
+def name_of_depth(family: str, blocks: int) -> str:
+    """The inverse of ``blocks_of_depth``."""
+    stem = family.removesuffix("_projection")
+    return f"{stem}{6 * blocks + 2}{family.removeprefix(stem)}"

@@ -6,7 +6,6 @@ Results go to stdout, the log of the work to stderr. With ``--json`` the last li
 import collections
 import dataclasses
 import functools
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from ml_collections import ConfigDict, config_flags
 
 from bnn_jax import hosts
 from bnn_jax.deploy import jobs, load
-from bnn_jax.errors import UserError
+from bnn_jax.errors import UserError, one_line
 from bnn_jax.experiment.config import SECTIONS, flatten, keys_of, suggest, validate
+from bnn_jax.experiment.config import load as load_config
 
 MODES = ("train", "evaluate", "summary", "report", "export", "predict")
 
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> Any:
       UserError: one line about what is wrong.
     """
     path, argv = _split_config(argv)
-    config = None if path is None else _load_config(path)
+    config = None if path is None else load_config(path)
     argv = argv if config is None else _last_overrides(argv, config)
     try:
         values = _define_flags(config, argv)
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str]) -> Any:
 def _check_checkpoint(values: Any, *, has_config: bool) -> None:
     """Raises UserError where a mode needs a config and there is none, or cannot read such a checkpoint."""
     of_file = jobs.is_exported(values.checkpoint)
-    if not has_config and not (of_file and values.mode in ("predict", "summary")):
+    if not has_config and values.mode != "report" and not (of_file and values.mode in ("predict", "summary")):
         raise UserError("--config is missing, e.g. --config=configs/quickstart.py; --help lists the options")
     if values.mode == "summary" and values.checkpoint and not of_file:
         raise UserError(f"--checkpoint={values.checkpoint}: accepted with --mode=summary is an exported file, .bnn")
@@ -131,25 +131,6 @@ def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
         else:
             rest.append(argument)
     return config or None, [argv[0], *rest]
-
-
-def _load_config(value: str) -> ConfigDict:
-    """The config a file's ``get_config`` returns; ``FILE:ARGUMENT`` hands it the argument."""
-    path, _, argument = value.partition(":")
-    if not Path(path).is_file() or not path.endswith(".py"):
-        raise UserError(f"--config={value}: {path} is no Python file; configs/ holds the configs")
-    try:
-        module_spec = importlib.util.spec_from_file_location("config", path)
-        assert module_spec is not None and module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        config = module.get_config(argument)
-    except (Exception, SystemExit) as error:
-        # Anything can go wrong in a file of the user's; the message names the file, Python's own text the rest.
-        raise UserError(f"--config={value}: {type(error).__name__}: {one_line(error)}") from None
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={value}: get_config must return a ConfigDict, not {type(config).__name__}")
-    return config
 
 
 def _last_overrides(argv: Sequence[str], config: ConfigDict) -> list[str]:
@@ -202,11 +183,6 @@ def peers_of(values: Any) -> hosts.Peers | None:
     return peers
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def run(values: Any, group: hosts.Group) -> None:
     """Does what the flags ask for, and prints the result.
 
@@ -220,6 +196,11 @@ def run(values: Any, group: hosts.Group) -> None:
     """
     if jobs.is_exported(values.checkpoint) and values.mode in ("predict", "summary"):
         result = _predict_exported(values) if values.mode == "predict" else _summarise_exported(values)
+        if values.json:
+            print(json.dumps(result), flush=True)
+        return
+    if "config" not in values:
+        result = _jobs().report_project(Path(values.workdir or "."))
         if values.json:
             print(json.dumps(result), flush=True)
         return
@@ -256,124 +237,54 @@ def _check_same_command(values: Any, config: dict[str, Any]) -> None:
 
 
 def _train(experiment: Any, folder: Any, values: Any, *, group: hosts.Group) -> dict[str, Any]:
-    from bnn_jax.experiment.results import winners
-    from bnn_jax.experiment.train import train
-    from bnn_jax.report import tables
-
-    if hosts.is_first():
-        tables.show(tables.stages_table(experiment.stages))
-    result = {"stages": train(experiment, folder, from_stage=values.stage, fresh=values.fresh, group=group)}
-    if hosts.is_first():
-        tables.show(tables.results_table(result["stages"]))
-        _show_winners(winners(folder), result)
-    return result
+    return _jobs().train(experiment, folder, stage=values.stage, fresh=values.fresh, group=group)
 
 
 def _evaluate(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment.evaluate import evaluate
-
-    checkpoint = Path(values.checkpoint) if values.checkpoint else None
-    if checkpoint is not None and jobs.is_exported(checkpoint):
-        from bnn_jax.experiment.export import evaluate_exported
-
-        result = evaluate_exported(experiment, checkpoint, stage_name=values.stage)
-    else:
-        result = evaluate(experiment, folder, stage_name=values.stage, checkpoint=checkpoint)
-    if hosts.is_first():
-        name = values.stage or result["stage"]
-        for row in result.get("seeds", ()):
-            print(f"{name}, seed {row['seed']}: {_evaluated(row)}")
-        several = f", mean of {len(result['seeds'])} seeds" if "seeds" in result else ""
-        print(f"{name}{several}: {_evaluated(result)}  ({result['num_images']:,} images, {result['checkpoint']})")
-    return result
-
-
-def _evaluated(result: dict[str, Any]) -> str:
-    """Accuracies and loss of an evaluation, with standard deviations where there are any."""
-
-    def number(name: str, digits: int) -> str:
-        deviation = result.get(f"{name}_sd")
-        return f"{result[name]:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
-
-    return f"top-1 {number('top1', 2)} %  top-5 {number('top5', 2)} %  loss {number('loss', 4)}"
+    return _jobs().evaluate(experiment, folder, stage=values.stage, checkpoint=_path(values, "checkpoint"))
 
 
 def _summary(experiment: Any, _: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment.summary import summary
-    from bnn_jax.report import tables
-
-    name = values.stage or experiment.stages[-1].name
-    costs = summary(experiment, stage_name=name)
-    tables.show(tables.costs_table(costs))
-    return {"stage": name, **costs.to_json()}
+    return _jobs().summary(experiment, stage=values.stage)
 
 
 def _report(experiment: Any, folder: Any, _: Any) -> dict[str, Any]:
-    from bnn_jax.experiment.report import report
-    from bnn_jax.experiment.results import winners
-    from bnn_jax.report import classes, tables
-
-    result = report(experiment, folder)
-    tables.show(tables.results_table(result["stages"]))
-    _show_winners(winners(folder), result)
-    if "classes" in result:
-        tables.show(classes.classes_table(result["classes"], stage=result["classified_by"]))
-    for path in result["pictures"]:
-        print(f"picture: {path}")
-    for path in result.get("numbers", ()):
-        print(f"numbers: {path}")
-    return result
-
-
-def _show_winners(winners: dict[str, Any] | None, result: dict[str, Any]) -> None:
-    """Prints the winners of a search, if there are any, and adds them to the JSON result."""
-    if winners is None:
-        return
-    from bnn_jax.report import tables
-
-    tables.show(tables.winners_table(winners))
-    result["winners"] = winners
+    return _jobs().report(experiment, folder)
 
 
 def _export(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment.export import export_stage
-
-    paths = {name: Path(values[name].value) if values[name].value else None for name in ("checkpoint", "output")}
-    result = export_stage(experiment, folder, stage_name=values.stage, form=values.format or "bnn", **paths)
-    if "layers" in result:
-        _show_layers(result)
-    print(f"{result['path']}: {result['file_bytes']:,} bytes")
-    return result
+    paths = {name: _path(values, name) for name in ("checkpoint", "output")}
+    return _jobs().export(experiment, folder, stage=values.stage, form=values.format or "bnn", **paths)
 
 
 def _predict(experiment: Any, folder: Any, values: Any) -> dict[str, Any]:
-    from bnn_jax.experiment.predict import classifier_of
+    checkpoint = _path(values, "checkpoint")
+    return _jobs().predict(experiment, folder, values.images, stage=values.stage, checkpoint=checkpoint)
 
-    checkpoint = Path(values.checkpoint) if values.checkpoint else None
-    classifier = classifier_of(experiment, folder, stage_name=values.stage, checkpoint=checkpoint)
-    return _show_predictions(jobs.predict(classifier, values.images))
+
+def _jobs() -> Any:
+    """The jobs, which need jax."""
+    from bnn_jax.experiment import jobs as experiment_jobs
+
+    return experiment_jobs
+
+
+def _path(values: Any, name: str) -> Path | None:
+    return Path(values[name].value) if values[name].value else None
 
 
 def _predict_exported(values: Any) -> dict[str, Any]:
-    return _show_predictions(jobs.predict(load(values.checkpoint), values.images))
-
-
-def _summarise_exported(values: Any) -> dict[str, Any]:
-    result = jobs.summary(Path(values.checkpoint))
-    _show_layers(result)
-    print(f"{values.checkpoint}: {result['file_bytes']:,} bytes")
-    return result
-
-
-def _show_predictions(result: dict[str, Any]) -> dict[str, Any]:
-    """A row for each picture and class."""
     from bnn_jax.report import tables
 
+    result = jobs.predict(load(values.checkpoint), values.images)
     tables.show(tables.predictions_table(result["predictions"]))
     return result
 
 
-def _show_layers(result: dict[str, Any]) -> None:
+def _summarise_exported(values: Any) -> dict[str, Any]:
     from bnn_jax.report import tables
 
+    result = jobs.summary(Path(values.checkpoint))
     tables.show(tables.stored_table(result))
+    print(f"{values.checkpoint}: {result['file_bytes']:,} bytes")
+    return result

@@ -27,3 +27,8 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

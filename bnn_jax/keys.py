@@ -146,6 +146,8 @@ ALL_POSITIVE = Condition(
     "one or more numbers greater than 0", lambda values: len(values) > 0 and all(v > 0 for v in values)
 )
 ALL_NOT_NEGATIVE = Condition("numbers of 0 or more", lambda values: all(v >= 0 for v in values))
+ALL_ABOVE_0 = Condition("numbers greater than 0", lambda values: all(v > 0 for v in values))
+ALL_NAMED = Condition("texts that are not empty", all)
 TWO_NOT_NEGATIVE = Condition("2 or more numbers of 0 or more", lambda v: len(v) > 1 and all(item >= 0 for item in v))
 FALLING_BITS = Condition(
     "a falling sequence of 32, 8 to 1",

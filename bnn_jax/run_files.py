@@ -13,6 +13,8 @@ from typing import Any
 
 from bnn_jax.errors import UserError
 
+MOST_BYTES = 4 << 20  # of a file, or of a line of one; a search of 25,000 paths stays below
+MOST_CONTAINERS = 400_000  # an empty list of 3 bytes takes 64 in memory
 MOST_LEVELS = 50  # of nesting; the deepest file, config.json, has less than ten
 MOST_SHOWN = 60  # characters of a wrong value
 
@@ -117,7 +119,8 @@ def read(path: Path, shape: Any) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = parse(path.read_bytes())
+        with path.open("rb") as file:
+            content = parse(file.read(MOST_BYTES + 1))
     except ValueError as error:
         raise damaged(path, str(error)) from None
     if wrong := problem(content, shape):
@@ -134,8 +137,10 @@ def parse(text: bytes) -> Any:
     """The JSON value that a text stands for.
 
     Raises:
-      ValueError: none, or one that is nested too deeply to be looked at.
+      ValueError: none, or one that is too large or nested too deeply to be looked at.
     """
+    if len(text) > MOST_BYTES or text.count(b"[") + text.count(b"{") > MOST_CONTAINERS:
+        raise ValueError(f"accepted is JSON of at most {MOST_BYTES} bytes and {MOST_CONTAINERS} lists and objects")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):

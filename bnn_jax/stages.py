@@ -75,6 +75,8 @@ class DataSpec:
       augment: 'pad_crop_flip' (zero padding, random crop, horizontal flip), 'pad_crop', 'edge_crop_flip' (padding
         repeats the border), 'random_resized_crop_flip' (of images that are read while training) or 'none'.
       normalize: whether the channels are normalised; else pixels are used as they are, in [0, 1].
+      mean: mean of pixels / 255 by channel that images are normalised with; (): the source's own.
+      std: standard deviation, likewise.
       lighting: random change of light of the training images: 'none', 'release' or 'paper', see ``data.augment``.
       options: further options of the source, such as the image size of generated images.
       decoder: what decodes training images that are read while training: 'pillow' or 'opencv'; their pixels differ.
@@ -88,6 +90,8 @@ class DataSpec:
     validation_fraction: float = 0.0
     augment: str = "pad_crop_flip"
     normalize: bool = True
+    mean: tuple[float, ...] = added(())
+    std: tuple[float, ...] = added(())
     options: tuple[tuple[str, Any], ...] = ()
     lighting: str = "none"
     decoder: str = "pillow"
@@ -168,6 +172,8 @@ class Inherit:
       recompute: regular expressions of paths ('quant_state/.*/mask') made anew from the copied variables.
       realised_base: whether the weights in use at the end of the source become the fixed weights
         ('quant_state/.../base') of the quantizers that have some; latent weights of these layers start afresh.
+      adapt: whether the source is a file of a network that may have another classifier and other quantizers, see
+        ``experiment.adapt``.
     """
 
     source: str
@@ -175,6 +181,7 @@ class Inherit:
     may_be_new: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
     realised_base: bool = False
+    adapt: bool = added(False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +228,7 @@ class Stage:
       remat: whether the backward pass computes the inside of every block a second time instead of keeping it, which
         needs less memory.
       log_train_top5: whether top-5 accuracy is recorded in training too.
+      freeze: patterns of the parameters that training leaves as they are, see ``training.frozen``.
       log_flip_rate: whether the share of quantized weights that changed their sign is recorded, by layer.
     """
 
@@ -244,6 +252,7 @@ class Stage:
     search: Spec | None = None
     log_train_top5: bool = False
     remat: bool = False
+    freeze: tuple[str, ...] = added(())
     log_flip_rate: bool = added(False)
 
     @property

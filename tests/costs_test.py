@@ -14,7 +14,7 @@ import pytest
 from bnn_jax import data, networks
 from bnn_jax.experiment.build import build_network, make_experiment
 from bnn_jax.experiment.config import validate
-from bnn_jax.experiment.summary import summary
+from bnn_jax.experiment.summaries import summary
 from bnn_jax.networks import NETWORKS
 from bnn_jax.report import tables
 from bnn_jax.report.costs import Complexity, TotalComplexity, complexity

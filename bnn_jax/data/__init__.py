@@ -152,20 +152,34 @@ def build(
     entry, options = _entry(spec)
     if spec.name == "folder":
         options |= {"seed": seed, "normalization": normalization}
-    loaded = entry.load(spec, data_dir, progress=progress, **options)
+    loaded = _normalised(spec, entry.load(spec, data_dir, progress=progress, **options))
     _check_augmentation(spec, loaded.train)
     train, validation = _hold_out(loaded.train, fraction=spec.validation_fraction, seed=seed)
     return dataclasses.replace(
         loaded,
         train=train,
         validation=validation,
-        mean=loaded.mean if spec.normalize else (0.0,) * len(loaded.mean),
-        std=loaded.std if spec.normalize else (1.0,) * len(loaded.std),
         augment=spec.augment,
         # An eighth of the side: the usual 4 pixels at 32x32, in proportion at other sizes.
         pad=train.image_shape[0] // 8,
         fingerprint=fingerprint(train, loaded.test, validation),
     )
+
+
+def _normalised(spec: DataSpec, source: ImageSource) -> ImageSource:
+    """The source with the statistics that the spec asks for: its own, those given, or none.
+
+    Raises:
+      DataError: those given are not one for each channel.
+    """
+    channels = source.image_shape[2]
+    if not spec.normalize:
+        return dataclasses.replace(source, mean=(0.0,) * channels, std=(1.0,) * channels)
+    if not spec.mean:
+        return source
+    if len(spec.mean) != channels:
+        raise DataError(f"config.data.mean={spec.mean!r}: accepted with {spec.name} are {channels} numbers, as for std")
+    return dataclasses.replace(source, mean=spec.mean, std=spec.std)
 
 
 def _check_augmentation(spec: DataSpec, train: Split | StreamedSplit) -> None:

@@ -17,6 +17,7 @@ An array in the program is written {"at": first number in ``constants``, "size":
 """
 
 import dataclasses
+import io
 import json
 import math
 import zlib
@@ -26,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
+from bnn_jax import run_files
+from bnn_jax.array_files import BoundedFile, read_safetensors
 from bnn_jax.deploy.graph import KINDS, Codes, Node, Program
 from bnn_jax.deploy.weights import (
     POSITIONS,
@@ -159,18 +161,15 @@ def load(path: Path | str) -> Artefact:
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ArtefactError(f"{path}: {message}"[:400]) from None
-    except SafetensorError as error:
-        raise ArtefactError(f"{path}: damaged, or no exported network ({error})"[:400]) from None
 
 
 def _read(path: Path) -> Artefact:
-    with safetensors.safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError("no exported network")
-        if metadata.get("version") != VERSION:
-            raise ValueError(f"version {metadata.get('version')!r}; this program reads version {VERSION}")
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with BoundedFile(io.FileIO(path)) as file:
+        metadata, arrays = read_safetensors(file)
+    if metadata.get("format") != FORMAT:
+        raise ValueError("no exported network")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"version {metadata.get('version')!r}; this program reads version {VERSION}")
     checksums, text = json.loads(metadata["checksums"]), metadata["facts"]
     if set(checksums) != {*arrays, "facts"}:
         raise ValueError("damaged: the sections are not those that were written")
@@ -180,7 +179,7 @@ def _read(path: Path) -> Artefact:
     }.items():
         if checksums[name] != found:
             raise ValueError(f"damaged: section {name} has another checksum than when it was written")
-    return _parse(json.loads(arrays["program"].tobytes()), arrays, json.loads(text))
+    return _parse(run_files.parse(arrays["program"].tobytes()), arrays, json.loads(text))
 
 
 def _parse(description: Any, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> Artefact:

@@ -10,6 +10,7 @@ import flax.linen as nn
 
 import bnn_jax
 from bnn_jax.deploy.artefact import Artefact, load, save
+from bnn_jax.deploy.restart import modules_of
 from bnn_jax.deploy.trace import trace
 from bnn_jax.errors import UserError
 from bnn_jax.quantizers.base import QuantContext
@@ -42,7 +43,7 @@ def export(
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
     try:
-        save(path, program, weights, {**facts, "bnn_jax": bnn_jax.__version__, **_commit()})
+        save(path, program, weights, {**facts, **modules_of(program), "bnn_jax": bnn_jax.__version__, **_commit()})
     except OSError as error:
         raise UserError(f"--output={path}: {os.strerror(error.errno or 0)}") from None
     return load(path)

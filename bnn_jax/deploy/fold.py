@@ -33,7 +33,9 @@ def fold_thresholds(program: Program, weights: Mapping[str, Weights]) -> Program
             continue
         thresholds = _thresholds(program, weights, chain)
         if thresholds is not None:
-            nodes[index] = Node("threshold", program.nodes[chain[0]].inputs, thresholds)
+            modules = {program.nodes[place].module for place in chain} - {""}
+            module = modules.pop() if len(modules) == 1 else ""
+            nodes[index] = Node("threshold", program.nodes[chain[0]].inputs, thresholds, module)
     return dataclasses.replace(program, nodes=tuple(used(nodes, len(nodes))))
 
 

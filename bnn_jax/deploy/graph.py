@@ -46,11 +46,13 @@ class Node:
       kind: key of ``KINDS``.
       inputs: numbers of the values it reads.
       options: by name; float32 arrays of shape () or (C,), integers, tuples, text.
+      module: path of the module that it is all of, as far as a trace knows; ``facts`` keep it for ``restart``.
     """
 
     kind: str
     inputs: tuple[int, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    module: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

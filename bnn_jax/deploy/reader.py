@@ -1,5 +1,6 @@
 """From a traced program to operations: rules for the primitives of jax that networks consist of."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,16 @@ BATCH = 2
 
 # The primitive that stands for a call of a layer; its parameter ``path`` names it.
 LAYER = "bnn_layer"
+
+
+def module_scope(path: str) -> str:
+    """Name of the scope in which a module computes."""
+    return f"bnn:{path}:"
+
+
+def _module_of(equation: Any) -> str:
+    """Path of the module that an equation is a part of, if it is in its scope."""
+    return next(iter(reversed(re.findall(r"bnn:([^:]*):", str(equation.source_info.name_stack)))), "")
 
 
 def _inner(equation: Any) -> Any:
@@ -39,6 +50,7 @@ class Reader:
     def __init__(self, layer: Callable[[str], Node]):
         self.nodes: list[Node] = []
         self._layer = layer
+        self._module = ""
 
     def read(self, jaxpr: Any, consts: Any, environment: dict[Any, Any], needed: set[Any]) -> list[Any]:
         """The outputs of a program whose inputs are in the environment."""
@@ -55,10 +67,17 @@ class Reader:
 
     def equation(self, equation: Any, inputs: list[Any]) -> list[Any]:
         """The results of one equation."""
-        inner = _inner(equation)
-        if inner is not None:
+        inner, around = _inner(equation), self._module
+        self._module = _module_of(equation) or around
+        try:
+            if inner is None:
+                return self._operation(equation, inputs)
             jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
             return self.read(jaxpr, consts, dict(zip(jaxpr.invars, inputs, strict=True)), needed(jaxpr))
+        finally:
+            self._module = around
+
+    def _operation(self, equation: Any, inputs: list[Any]) -> list[Any]:
         if not any(isinstance(each, int) for each in inputs):
             results = equation.primitive.bind(*inputs, **equation.params)
             return [np.asarray(each) for each in (results if equation.primitive.multiple_results else [results])]
@@ -70,7 +89,7 @@ class Reader:
 
     def emit(self, kind: str, *inputs: int, **options: Any) -> list[Any]:
         """Adds a node; its value is the result."""
-        self.nodes.append(Node(kind, inputs, options))
+        self.nodes.append(Node(kind, inputs, options, self._module))
         return [len(self.nodes)]
 
 

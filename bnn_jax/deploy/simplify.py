@@ -48,7 +48,7 @@ def _rectifier(nodes: list[Node], index: int) -> Node:
         and scaled.inputs == (value,)
         and set(scaled.options) == {"scale"}
     )
-    return Node("prelu", (value,), {"slope": scaled.options["scale"]}) if is_pattern else node
+    return Node("prelu", (value,), {"slope": scaled.options["scale"]}, node.module) if is_pattern else node
 
 
 def _round_away(nodes: list[Node], index: int) -> Node:
@@ -79,7 +79,8 @@ def _merge(nodes: list[Node], index: int) -> Node:
     scale_then_offset = set(before.options) == {"scale"} and set(node.options) == {"offset"}
     low_then_high = set(before.options) == {"low"} and set(node.options) == {"high"}
     if scale_then_offset or low_then_high:
-        return Node(node.kind, before.inputs, {**before.options, **node.options})
+        module = node.module if node.module == before.module else ""
+        return Node(node.kind, before.inputs, {**before.options, **node.options}, module)
     return node
 
 

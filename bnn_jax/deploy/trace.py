@@ -17,12 +17,15 @@ import numpy as np
 
 from bnn_jax.deploy.fold import fold_thresholds
 from bnn_jax.deploy.graph import Codes, Node, Program
-from bnn_jax.deploy.reader import BATCH, LAYER, Reader, needed
+from bnn_jax.deploy.reader import BATCH, LAYER, Reader, module_scope, needed
 from bnn_jax.deploy.simplify import simplify
 from bnn_jax.deploy.weights import FloatWeights, LevelWeights, PatternWeights, Weights
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.ops.codebook import all_patterns, codes
 from bnn_jax.quantizers.base import ActQuantizer, QuantContext, WeightQuantizer, evaluation_context
+
+# Parameters of modules that are one operation: BatchNorm, shifts, rectifiers.
+NAMED = frozenset({"scale", "bias", "slope"})
 
 _layer_call = jax.extend.core.Primitive(LAYER)
 _layer_call.def_abstract_eval(lambda x, *, path, shape: jax.core.ShapedArray(shape, x.dtype))
@@ -87,8 +90,13 @@ def _interceptor(layers: dict[str, _Layer]) -> Callable:
             result = _layer_call.bind(layer.input, path=path, shape=output.shape)
             if not module.use_bias:
                 return result
-            return result + module.get_variable("params", "bias").reshape((1,) * (result.ndim - 1) + (-1,))
-        output = next_function(*args, **kwargs)
+            with jax.named_scope(module_scope(path)):
+                return result + module.get_variable("params", "bias").reshape((1,) * (result.ndim - 1) + (-1,))
+        if NAMED.isdisjoint(module.variables.get("params", {})):
+            output = next_function(*args, **kwargs)
+        else:
+            with jax.named_scope(module_scope("/".join(module.path))):
+                output = next_function(*args, **kwargs)
         owner = layers.get("/".join(module.path[:-1])) if isinstance(module.parent, (QuantConv, QuantDense)) else None
         if owner is not None and isinstance(module, ActQuantizer):
             owner.input, owner.codes = output, _codes_of(module, args[1])

@@ -14,6 +14,7 @@ from bnn_jax.experiment import start
 from bnn_jax.objectives import Objective
 from bnn_jax.stages import Stage, parse_reference
 from bnn_jax.training import projections
+from bnn_jax.training.frozen import frozen_part, regular_expression
 from bnn_jax.training.loop import Setup, steps_per_epoch
 from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.seeds import Seeds
@@ -178,7 +179,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
     shapes = start.variable_shapes(network, source.image_shape)
     timing = {"steps_per_epoch": steps_per_epoch(stage, len(source.train)), "epochs": stage.optim.epochs}
     schedule = schedules.build(stage.optim.learning_rate, **timing)
-    terms = build_objectives(stage)
+    terms, frozen = build_objectives(stage), frozen_part(stage.freeze, shapes["params"])
     parts = StepParts(
         network=build(stage, trained=True),
         objectives=terms,
@@ -186,7 +187,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
             stage.optim,
             shapes["params"],
             schedule=schedule,
-            unused_parameters=network.unused_parameters,
+            unused_parameters=(*network.unused_parameters, *map(regular_expression, stage.freeze)),
             branch_patterns=getattr(network, "branch_patterns", ()),
         ),
         prepare=functools.partial(
@@ -204,6 +205,7 @@ def set_up(experiment: Experiment, stage: Stage, source: ImageSource) -> Setup:
         projections=tuple(projections.build(projection) for projection in stage.projections),
         choose=uniform_choice(len(network.branch_patterns), network.branches) if stage.choice == "uniform" else None,
         accumulation_steps=stage.optim.accumulation_steps,
+        frozen=frozen,
         mixup=stage.data.mixup,
         ema_decay=stage.optim.ema_decay,
     )

@@ -10,8 +10,11 @@ import jax
 
 from bnn_jax import data
 from bnn_jax.errors import UserError
+from bnn_jax.experiment import adapt
 from bnn_jax.experiment.build import Experiment, build_network, check_knobs, described_network, of_seed
+from bnn_jax.experiment.load import naming_what_fits, read_variables
 from bnn_jax.stages import Stage, parse_reference
+from bnn_jax.training.frozen import check_patterns, matching
 
 # Keys that need a package which is not always there: its module, and the extra that installs it.
 PACKAGES = {
@@ -29,7 +32,7 @@ def check(experiment: Experiment) -> None:
     """
     check_packages(experiment.config)
     check_seeds(experiment)
-    built = set()
+    built, paths = set(), set()
     for stage in experiment.stages:
         _check_files(stage)
         check_knobs(stage)
@@ -37,9 +40,29 @@ def check(experiment: Experiment) -> None:
             build_network(stage, experiment.describe(stage)[1], trained=True)
         # Tracing a large network takes seconds, and many stages may share one.
         key = (stage.network, stage.quant, experiment.describe(stage), stage.compute_dtype)
-        if key not in built:
-            described_network(experiment, stage)
+        if key not in built or stage.freeze or adapt.source_of(stage):
+            network, shapes = described_network(experiment, stage)
+            paths.update(_check_start(experiment, stage, network, shapes))
         built.add(key)
+    check_patterns(experiment.config["freeze"], sorted(paths))
+
+
+def _check_start(experiment: Experiment, stage: Stage, network: Any, shapes: dict[str, Any]) -> list[str]:
+    """Looks whether a stage can start from its file; returns the paths of its parameters if some are frozen.
+
+    Raises:
+      CheckpointError: the file is damaged or of another network.
+      UserError: all parameters are frozen.
+    """
+    if path := adapt.source_of(stage):
+        image_shape, _ = experiment.describe(stage)
+        with naming_what_fits(image_shape, path):
+            adapt.plan(stage, read_variables(path), shapes, branches=getattr(network, "branches", 1))
+    paths = list(adapt.flat_arrays(shapes["params"]))
+    frozen = matching(stage.freeze, paths)
+    if stage.freeze and stage.kind == "train" and len(frozen) == len(paths):
+        raise UserError(f"config.freeze={stage.freeze!r}: nothing is left to train in stage {stage.name}")
+    return paths if stage.freeze else []
 
 
 def check_packages(config: Mapping[str, Any]) -> None:

@@ -5,16 +5,22 @@ module does not import jax: the files of ``configs/`` take their defaults from h
 """
 
 import difflib
+import importlib.util
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from bnn_jax import methods
-from bnn_jax.errors import UserError
+from bnn_jax.errors import UserError, one_line
 from bnn_jax.keys import (
+    ALL_ABOVE_0,
+    ALL_NAMED,
     ALL_NOT_NEGATIVE,
+    FILE,
     FRACTION,
     NOT_EMPTY,
     NOT_NEGATIVE,
@@ -38,6 +44,13 @@ GENERAL: Section = {
         1, "seeds trained side by side in one program on one accelerator: seed, seed + 1, ...", between(1, 64)
     ),
     "network": Key("resnet20", "network", table="bnn_jax.networks.NETWORKS"),
+    "init_from": Key(
+        None,
+        "run folder or file of weights (PyTorch, .safetensors, .npz, .bnn) that the first stage starts from",
+        FILE,
+        kind=str,
+    ),
+    "freeze": Key((), "patterns of parameters that do not change: 'conv1', 'layer1_*', '**/bn*'", ALL_NAMED, item=str),
     "extra_objectives": Key(
         (),
         "objectives added to the method's own",
@@ -79,6 +92,8 @@ DATA: Section = {
         0.0, "largest random change of brightness, contrast and saturation of training images; 0: none", FRACTION
     ),
     "workers": Key(0, "processes that read such images; 0: threads of this process", NOT_NEGATIVE, may_change=True),
+    "mean": Key((), "mean of pixels / 255 by channel; empty: that of the data set", item=float),
+    "std": Key((), "their standard deviation; empty with the mean", ALL_ABOVE_0, item=float),
     "normalize": Key(True, "whether the channels are normalised; else pixels stay in [0, 1]"),
     "lighting": Key("none", "random change of light in training", ("none", "release", "paper")),
     "image_size": Key(
@@ -164,6 +179,7 @@ LOG: Section = {
 SECTIONS: dict[str, Section] = {"": GENERAL, "data": DATA, "train": TRAIN, "log": LOG, **methods.SECTIONS}
 SHARED = ("", "data", "train", "log")
 WIDTH = 100  # columns of the help
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def keys_of(sections: Iterable[str]) -> dict[str, Key]:
@@ -194,6 +210,57 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
     return flat
+
+
+def load(value: str) -> ConfigDict:
+    """The config a file's ``get_config`` returns; 'FILE:ARGUMENT' hands it the argument.
+
+    Raises:
+      UserError: there is no such file, or something in it fails.
+    """
+    path, _, argument = value.partition(":")
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise UserError(f"--config={value}: {path} is no Python file; configs/ holds the configs")
+    try:
+        module_spec = importlib.util.spec_from_file_location("config", path)
+        assert module_spec is not None and module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        config = module.get_config(argument)
+    except (Exception, SystemExit) as error:
+        # Anything can go wrong in a file of the user's; the message names the file, Python's own text the rest.
+        raise UserError(f"--config={value}: {type(error).__name__}: {one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={value}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def named(name: str, overrides: Mapping[str, Any]) -> ConfigDict:
+    """``load`` of a path, or of a name in the configs/ of this project, with some values replaced.
+
+    Raises:
+      UserError: as ``load``, or an unknown key.
+    """
+    file, colon, argument = name.partition(":")
+    if not file.endswith(".py"):
+        path = CHECKOUT / "configs" / f"{file}.py"
+        if not path.is_file():
+            known = sorted(other.stem for other in path.parent.glob("[a-z]*.py") if other.stem != "common")
+            raise UserError(f"config {file!r}: accepted are the path of a file, {', '.join(known)}")
+        file = str(path)
+    # Configs import each other; the interpreter may have been started anywhere.
+    if str(CHECKOUT) not in sys.path:
+        sys.path.append(str(CHECKOUT))
+    config = load(f"{file}{colon}{argument}")
+    known = flatten(config.to_dict())
+    for key, value in overrides.items():
+        if key not in known:
+            raise UserError(f"config.{key}: unknown key; {suggest(key, known)}")
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.{key}={value!r}: {one_line(error)}") from None
+    return config
 
 
 def validate(config: Mapping[str, Any]) -> dict[str, Any]:

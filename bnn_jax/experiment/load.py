@@ -1,18 +1,25 @@
 """What a run reads: images, variables that a stage has saved, checkpoints and released files."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bnn_jax import data, hosts
 from bnn_jax.data.memory import ImageSource, Normalization
+from bnn_jax.deploy import artefact, restart
+from bnn_jax.deploy.jobs import is_exported
 from bnn_jax.errors import CheckpointError, UserError
-from bnn_jax.experiment import start
+from bnn_jax.experiment import adapt, start
 from bnn_jax.experiment.build import Experiment, build_network
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.stages import DataSpec, Stage, parse_reference
 from bnn_jax.storage.checkpoint import CheckpointStore, describe
-from bnn_jax.storage.pytorch import import_pytorch
+from bnn_jax.storage.content_hash import VARIABLES, Header
+from bnn_jax.storage.fitting import networks_that_fit
+from bnn_jax.storage.orbax_files import Damage
+from bnn_jax.storage.other_files import import_file, read_arrays
+from bnn_jax.storage.pytorch import Misfit
 from bnn_jax.training.loop import Setup
 from bnn_jax.training.seeds import Seeds
 
@@ -64,7 +71,8 @@ class SavedVariables:
         """
         parsed = parse_reference(reference)
         if parsed.kind == "file":
-            return load_checkpoint(Path(parsed.target), target)
+            shape, _ = self._experiment.describe(self._experiment.stages[-1])
+            return load_checkpoint(Path(parsed.target), target, image_shape=shape)
         with CheckpointStore(self._folder.checkpoints(parsed.target), read_only=True) as store:
             return store.restore(seeds.shapes(target), which=parsed.which)[0]
 
@@ -82,6 +90,8 @@ class SavedVariables:
         stage, seeds = setup.stage, setup.seeds
         if stage.inherit is None:
             return None
+        if path := adapt.source_of(stage):
+            return start.Inherited(setup.network, [read_variables(path)] * seeds.count)
         reference = stage.inherit.source
         network, variables = self.with_network(reference, source=setup.source, default=stage, seeds=seeds)
         of_stage = parse_reference(reference).kind == "stage"
@@ -96,20 +106,52 @@ class SavedVariables:
         return self.load(teacher.source, shapes, setup.seeds)
 
 
-def load_checkpoint(path: Path, target: dict[str, Any]) -> dict[str, Any]:
-    """Variables from a file of PyTorch's, or from a checkpoint folder of ours.
+def load_checkpoint(path: Path, target: dict[str, Any], *, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Variables from a file (``other_files.FORMATS``), or from a checkpoint folder of ours.
 
     Args:
-      path: '.pth', '.pth.tar', '.pt' or '.th' file; or a stage's folder, its ``checkpoints`` or one step in it.
+      path: the file; or a stage's folder, its ``checkpoints`` or one step in it, or a run of one stage.
       target: shapes of the network's variables.
+      image_shape: (H, W, C) of the images it reads.
 
     Raises:
-      CheckpointError: missing, damaged, or of another network.
+      CheckpointError: missing, damaged, or of another network; the networks that the file fits are named.
     """
     if not path.exists():
         raise CheckpointError(f"--checkpoint={path}: no such file or folder")
     if path.is_file():
-        return import_pytorch(path, target)
+        with naming_what_fits(image_shape, path):
+            return import_file(path, target)
     directory, step = describe(path)
     with CheckpointStore(directory, read_only=True) as store:
         return store.restore(target, which="last" if step is None else step)[0]
+
+
+@contextlib.contextmanager
+def naming_what_fits(image_shape: tuple[int, int, int], path: Path) -> Iterator[None]:
+    """Adds to an error about a file of another network its path and the names of the networks that it fits."""
+    try:
+        yield
+    except Misfit as error:
+        names = networks_that_fit(error.found, image_shape)
+        raise CheckpointError(f"{path}: {error}; it fits {', '.join(names) or 'no network here'}") from None
+
+
+def read_variables(path: Path) -> dict[str, Any]:
+    """The variables in a file or a checkpoint folder, whatever their network is, by our paths.
+
+    Raises:
+      CheckpointError: missing or damaged.
+    """
+    if is_exported(path):
+        return restart.arrays_of(artefact.load(path))
+    if path.is_file():
+        return read_arrays(path)
+    directory, step = describe(path)
+    with CheckpointStore(directory, read_only=True) as store:
+        try:
+            chosen = max(store.steps(), default=0) if step is None else step
+            shapes = Header.read(directory / str(chosen)).shapes(VARIABLES)
+        except Damage as damage:
+            raise CheckpointError(f"{directory}: damaged checkpoint: {damage}") from damage
+        return adapt.flat_arrays(store.restore(shapes, which="last" if step is None else step)[0])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bnn_jax.deploy import Classifier, load
 from bnn_jax.experiment.build import Experiment
-from bnn_jax.experiment.export import export_stage
+from bnn_jax.experiment.exports import export_stage
 from bnn_jax.experiment.folder import RunFolder
 
 

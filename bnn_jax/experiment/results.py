@@ -15,8 +15,9 @@ from bnn_jax.ops import convolution
 from bnn_jax.report.costs import complexity, levels_in_use
 from bnn_jax.search.results import combined, correlation, statistics
 from bnn_jax.stages import Stage, fingerprint, parse_choice
-from bnn_jax.storage.weights import encoded_weights, save_weights
+from bnn_jax.storage.weights import encoded_weights, is_sound, save_weights
 from bnn_jax.training import metrics
+from bnn_jax.training.devices import describe_devices
 from bnn_jax.training.loop import Setup
 from bnn_jax.training.progress import say
 from bnn_jax.training.seeds import Seeds, table_row
@@ -39,7 +40,7 @@ def finish(experiment: Experiment, folder: RunFolder, setup: Setup, state: Train
 
 
 def remake(experiment: Experiment, folder: RunFolder, stage: Stage, result: Mapping[str, Any]) -> None:
-    """Writes the table and the weights in use of a finished stage anew where they are missing.
+    """Writes the table and the weights in use of a finished stage anew where they are missing, or the weights damaged.
 
     Args:
       experiment: the experiment.
@@ -55,7 +56,7 @@ def remake(experiment: Experiment, folder: RunFolder, stage: Stage, result: Mapp
         _write_table(folder, stage, metrics.read(folder.metrics(stage.name), epochs=result["epochs"]))
         say(f"stage {stage.name}: wrote {METRICS_TABLE} anew from the record")
     # Without quantized weights there is no such file.
-    if result.get("level_bits") is None or all((where / name).exists() for name in _weights_files(seeds)):
+    if result.get("level_bits") is None or all(is_sound(where / name) for name in _weights_files(seeds)):
         return
     network, shapes = described_network(experiment, stage)
     variables = SavedVariables(experiment, folder).load(f"stage:{stage.name}", shapes, seeds)
@@ -88,15 +89,16 @@ def _write_weights(
 
 def described_run(experiment: Experiment, stage: Stage, source: ImageSource) -> dict[str, Any]:
     """What the result of every stage says about where it comes from."""
-    device = jax.devices()[0]
     return {
         "stage": stage.name,
         "bits": stage.bits,
         "seed": experiment.config["seed"],
         "data": stage.data.name,
         "data_fingerprint": source.fingerprint,
+        "data_mean": list(source.mean),
+        "data_std": list(source.std),
         "stage_fingerprint": fingerprint(stage, experiment.stages),
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "device": describe_devices(),
         "cpu_kernels": convolution.choice(experiment.cpu_kernels),
         **provenance(),
     }

@@ -19,6 +19,7 @@ from bnn_jax.data.augment import prepare_eval
 from bnn_jax.data.memory import ImageSource, Split
 from bnn_jax.data.order import index_plan
 from bnn_jax.errors import CheckpointError
+from bnn_jax.experiment import adapt
 from bnn_jax.networks.base import knobs_of
 from bnn_jax.objectives.base import Objective
 from bnn_jax.quantizers.base import QuantContext, evaluation_context
@@ -28,6 +29,7 @@ from bnn_jax.training.devices import Devices
 from bnn_jax.training.epoch_sums import zero_metric_sums
 from bnn_jax.training.flips import signs_program
 from bnn_jax.training.loop import Setup
+from bnn_jax.training.progress import say
 from bnn_jax.training.state import TrainState
 
 COLLECTIONS = ("params", "batch_stats", "quant_state")
@@ -39,7 +41,7 @@ class Inherited:
 
     Attributes:
       network: network of the source.
-      variables: its variables, for each seed of the stage.
+      variables: its variables, for each seed of the stage; by path where they are to be adapted.
     """
 
     network: Any
@@ -57,10 +59,15 @@ def first_variables(setup: Setup, inherited: Inherited | None) -> list[dict[str,
     stage, seeds, found = setup.stage, setup.seeds, []
     init, recompute = init_program(setup.network), recompute_program(setup.network)
     knobs = {name: schedule(jnp.int32(0)) for name, schedule in setup.parts.knobs.items()}
+    if inherited is not None and adapt.source_of(stage):
+        for line in _plan(setup, inherited.variables[0]).describe(stage):
+            say(line)
     for index, (order, initial) in enumerate(zip(seeds.orders, seeds.initials, strict=True)):
         images = _first_images(setup.source, order, batch_size=stage.optim.batch_size)
         variables = init(jax.random.key(initial), images, knobs)
-        if inherited is not None and stage.inherit is not None:
+        if inherited is not None and adapt.source_of(stage):
+            variables = _adapt(setup, inherited.variables[index], variables, images, recompute)
+        elif inherited is not None and stage.inherit is not None:
             variables = _inherit(setup, inherited.network, inherited.variables[index], fresh=variables)
             if stage.inherit.recompute:
                 variables = recompute(without(variables, stage.inherit.recompute), images)
@@ -75,6 +82,20 @@ def _inherit(setup: Setup, network: Any, copied: dict[str, Any], *, fresh: dict[
     if not record.realised_base:
         return variables
     return put_base(variables, fresh, encoded_weights(network, copied, setup.source.image_shape))
+
+
+def _adapt(
+    setup: Setup, found: dict[str, Any], fresh: dict[str, Any], images: jax.Array, recompute: Callable[..., Any]
+) -> dict[str, Any]:
+    plan = _plan(setup, found)
+    variables = adapt.adapted(plan, found, fresh)
+    patterns = adapt.recomputed(plan, setup.stage)
+    variables = recompute(without(variables, patterns), images) if patterns else variables
+    return adapt.calibrated(setup.network, variables, images, found)
+
+
+def _plan(setup: Setup, found: dict[str, Any]) -> adapt.Plan:
+    return adapt.plan(setup.stage, found, setup.shapes, branches=getattr(setup.network, "branches", 1))
 
 
 def _first_images(source: ImageSource, order: int, *, batch_size: int) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 
 from bnn_jax.keys import Section
 from bnn_jax.methods import asbq, basq, recu, skd, snn, weight_search
-from bnn_jax.methods.common import add_extra_objectives, fit_memory
+from bnn_jax.methods.common import add_extra_objectives, fit_memory, start_from
 from bnn_jax.methods.options import with_training_options
 from bnn_jax.stages import Stage
 
@@ -26,5 +26,6 @@ def build(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     Raises:
       UserError: a combination of values the method cannot do.
     """
-    stages = fit_memory(config, add_extra_objectives(config, METHODS[config["method"]](config)))
+    stages = start_from(config, METHODS[config["method"]](config))
+    stages = fit_memory(config, add_extra_objectives(config, stages))
     return with_training_options(config, stages)

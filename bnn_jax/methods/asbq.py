@@ -132,7 +132,10 @@ def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     bits = config["asbq"]["bits"]
     epochs = _per_rung(config, "epochs")
     rates = _per_rung(config, "learning_rates")
-    sources = [config["asbq"]["init_from"], *(f"stage:{stage_name(rung)}@{switches['copy_from']}" for rung in bits)]
+    sources = [
+        config["asbq"]["init_from"] or config["init_from"],
+        *(f"stage:{stage_name(rung)}@{switches['copy_from']}" for rung in bits),
+    ]
     return tuple(
         _rung(config, switches, bits=rung, epochs=epochs[i], rate=rates[i], source=sources[i], seed=i)
         for i, rung in enumerate(bits)
@@ -160,15 +163,17 @@ def _rung(
     seed: int,
 ) -> Stage:
     from_copied = switches["prune_source"] == "copied_weights"
+    # A network that config.init_from brings may have other classes, so it teaches nothing.
+    taught_by = None if source == config["init_from"] else source
     return Stage(
         name=stage_name(bits),
         network=network_spec(config, switches, kernel_init=switches["init"]),
         quant=quant_spec(config, switches, bits=bits, masked=source is not None or not _paper_masks(switches)),
         data=data_spec(config),
-        objectives=objectives(config, switches, has_teacher=source is not None),
+        objectives=objectives(config, switches, has_teacher=taught_by is not None),
         optim=sgd_spec(config, learning_rate=_learning_rate(config, rate, epochs=epochs), epochs=epochs),
         inherit=None if source is None else Inherit(source, recompute=("quant_state/.*/mask$",) if from_copied else ()),
-        teacher=_teacher(config, switches, source) if source is not None and switches["kd_weight"] > 0 else None,
+        teacher=_teacher(config, switches, taught_by) if taught_by is not None and switches["kd_weight"] > 0 else None,
         seed=config["seed"] + 1000 * seed,
         # The published masks differ between the first rung and the others, and are the same in all others: each run
         # reseeds and draws the student after the teacher. A mask from random weights depends on this seed alone.

@@ -35,7 +35,7 @@ from bnn_jax.keys import (
     at_least,
     between,
 )
-from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
+from bnn_jax.methods.common import COLLECTIONS, TEACHER, data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
 from bnn_jax.stages import Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -87,10 +87,9 @@ KEYS: Section = {
     **teacher_keys("standard_resnet18_cifar"),
 }
 
-TEACHER, FIRST, SECOND, SEARCH = "teacher", "supernet_activations", "supernet", "search"
+FIRST, SECOND, SEARCH = "supernet_activations", "supernet", "search"
 
 STEPS_OF_WEIGHTS = "/weight_quantizer/step$"
-COLLECTIONS = ("params", "batch_stats", "quant_state")
 
 
 def stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:

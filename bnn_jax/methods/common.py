@@ -7,8 +7,10 @@ from typing import Any
 from bnn_jax.catalogue import facts_of
 from bnn_jax.errors import UserError
 from bnn_jax.keys import POSITIVE, STAGE_OR_FILE, Key, Section
-from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, Teacher, spec
+from bnn_jax.stages import DataSpec, Inherit, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, Teacher, spec
 
+TEACHER = "teacher"
+COLLECTIONS = ("params", "batch_stats", "quant_state")
 # Weights of the self-distillation terms in the published recipes.
 EXTRA_OBJECTIVE_WEIGHTS = {"feature_swap": 1.0, "label_bank": 0.05, "cluster": 0.01}
 
@@ -17,6 +19,12 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
     """``config.data`` as a ``DataSpec``."""
     data = config["data"]
     options = {key: data[key] for key in ("image_size", "num_classes", "test_fraction") if data[key] is not None}
+    mean, std = data["mean"], data["std"]
+    if len(mean) != len(std) or (mean and not data["normalize"]):
+        raise UserError(
+            f"config.data.mean={mean!r}, std={std!r}, normalize={data['normalize']!r}: accepted are both or neither, a "
+            "number for each channel, and with them normalize=True"
+        )
     return DataSpec(
         name=data["name"],
         num_train=data["num_train"],
@@ -24,6 +32,8 @@ def data_spec(config: Mapping[str, Any]) -> DataSpec:
         validation_fraction=data["validation_fraction"],
         augment=data["augment"],
         normalize=data["normalize"],
+        mean=mean,
+        std=std,
         lighting=data["lighting"],
         decoder=data["decoder"],
         mixup=data["mixup"],
@@ -88,6 +98,29 @@ def teacher_of(section: Mapping[str, Any], *, stage: str) -> Teacher:
     if section["teacher"] == "stage":
         return Teacher(f"stage:{stage}@last")
     return Teacher(section["teacher"], spec(section["teacher_network"]))
+
+
+def start_from(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages with ``config.freeze``, and with ``config.init_from`` at the first of ``config.network``.
+
+    A teacher that is trained first has neither.
+
+    Raises:
+      UserError: the first stage starts from something else.
+    """
+    if not config["init_from"] and not config["freeze"]:
+        return stages
+    count = sum(stage.name == TEACHER for stage in stages[:1])
+    first, *others = stages[count:]
+    if config["init_from"]:
+        own = first.inherit
+        if own is not None and own.source != config["init_from"]:
+            raise UserError(f"config.init_from={config['init_from']!r}: stage {first.name} starts from {own.source!r}")
+        recompute = ("/step$",) if own is None else ("/step$", *own.recompute)
+        inherit = Inherit(config["init_from"], COLLECTIONS, recompute=recompute, adapt=True)
+        first = dataclasses.replace(first, inherit=inherit)
+    frozen = [dataclasses.replace(stage, freeze=config["freeze"]) for stage in (first, *others)]
+    return (*stages[:count], *frozen)
 
 
 def add_extra_objectives(config: Mapping[str, Any], stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

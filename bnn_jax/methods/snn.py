@@ -22,7 +22,7 @@ from typing import Any, Literal
 from bnn_jax.errors import UserError
 from bnn_jax.keys import ALL_NOT_NEGATIVE, ALL_POSITIVE, POSITIVE, Key, Section, between
 from bnn_jax.knobs import REFINE_CODEBOOK
-from bnn_jax.methods.common import data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
+from bnn_jax.methods.common import COLLECTIONS, TEACHER, data_spec, switches_of, teacher_keys, teacher_of, teacher_stage
 from bnn_jax.stages import IDENTITY, Inherit, OptimSpec, ParameterGroup, QuantSpec, Stage, spec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ KEYS: Section = {
     **teacher_keys("standard_resnet20"),
 }
 
-TEACHER, FIRST, SECOND = "teacher", "binary_activations", "sub_bit"
+FIRST, SECOND = "binary_activations", "sub_bit"
 
 # Knob of bnn_jax.quantizers.codebook.
 # On the steps between two gradients of a codebook, Adam takes it for one of 0 (PyTorch 1.4), or does nothing (2.0).
@@ -62,7 +62,6 @@ WITHOUT_GRADIENT: dict[str, Literal["step", "skip"]] = {"release14": "step", "sk
 
 CODEBOOKS = "/weight_quantizer/codebook$"
 NEW_AT_SECOND = (CODEBOOKS, "/weight_quantizer/memory$")
-COLLECTIONS = ("params", "batch_stats", "quant_state")
 # What the release decays: tensors with four axes. These are the kernels of all convolutions and, for the way they are
 # stored, the shifts around signs and rectifiers; and the codebooks, for their name.
 DECAYED = r"conv\d*/kernel$|_shift/bias$"

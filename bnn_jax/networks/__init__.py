@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from bnn_jax.catalogue import blocks_of_depth, facts_of
+from bnn_jax.catalogue import blocks_of_depth, facts_of, name_of_depth
 from bnn_jax.layers.conv import QuantConv, QuantDense, fan_in_uniform
 from bnn_jax.networks.base import Layers, NetworkOutput, he_fan_in_normal, he_fan_out_normal, uniform_hundredth
 from bnn_jax.networks.blocks import BLOCKS
@@ -31,6 +31,9 @@ _DEPTH_FAMILIES: dict[str, Callable[[int], Callable[..., Any]]] = {
     ),
     "standard_resnet": lambda n: functools.partial(
         StandardResNet, stage_sizes=(n,) * 3, widths=CIFAR_WIDTHS, block="post_activation_padded"
+    ),
+    "standard_resnet_projection": lambda n: functools.partial(
+        StandardResNet, stage_sizes=(n,) * 3, widths=CIFAR_WIDTHS
     ),
     "reactnet": lambda n: functools.partial(ReActNet, stage_sizes=(2 * n,) * 3, widths=CIFAR_WIDTHS),
 }
@@ -81,6 +84,14 @@ NETWORKS: dict[str, Callable[..., Any]] = _Networks(
         **SEARCHED_NETWORKS,
     }
 )
+
+
+def known_networks(blocks: int = 0) -> dict[str, Callable[..., Any]]:
+    """The networks by name, among those of the families for CIFAR all that have so many blocks in each stage."""
+    sizes = {n for n in (blocks, blocks // 2) if n}
+    members = {name_of_depth(family, n): make(n) for family, make in _DEPTH_FAMILIES.items() for n in sizes}
+    return {**members, **NETWORKS}
+
 
 KERNEL_INITS: dict[str, Callable[..., Any]] = {
     "uniform": fan_in_uniform,

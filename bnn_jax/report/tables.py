@@ -123,7 +123,7 @@ def winners_table(winners: Mapping[str, Any]) -> Table:
     """The winners of a search's folds, and mean and standard deviation over them.
 
     Args:
-      winners: from ``experiment.pipeline.winners``.
+      winners: from ``experiment.results.winners``.
     """
     names = {"fold_top1": "fold", "full_top1": "full", "tuned_top1": "bnfull", "test_top1": "test"}
     caption = _winners_caption(winners["correlation"])

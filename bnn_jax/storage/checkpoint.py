@@ -342,7 +342,7 @@ def describe(directory: Path) -> tuple[Path, int | None]:
     """Finds the store a user means by a folder.
 
     Args:
-      directory: a stage's folder, its folder ``checkpoints``, or the folder of one step.
+      directory: a stage's folder, its folder ``checkpoints``, the folder of one step, or a run of one stage.
 
     Returns:
       The folder to open as ``CheckpointStore``, and the step if one was named, else None.
@@ -363,6 +363,8 @@ def describe(directory: Path) -> tuple[Path, int | None]:
         if _step_folders(folder):
             return folder, None
     stages = sorted(path.parent.name for path in directory.glob("*/checkpoints") if _step_folders(path))
+    if len(stages) == 1:
+        return directory / stages[0] / "checkpoints", None
     if stages:
         raise CheckpointError(f"{directory}: a run of several stages; name the folder of one: {', '.join(stages)}")
     raise CheckpointError(f"{directory}: no checkpoint here; accepted is the folder of a stage or of one step")

@@ -7,7 +7,8 @@ which Orbax does not do.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,20 @@ class Header:
             what = "network" if other_network else "optimiser, objective or random generator"
             more = f" (and {len(phrases) - 3} more)" if len(phrases) > 3 else ""
             raise CheckpointError(f"{folder}: checkpoint of another {what}: {'; '.join(phrases[:3])}{more}")
+
+    def shapes(self, names: Iterable[str]) -> dict[str, Any]:
+        """Abstract arrays of some of the saved items, in nested dictionaries; {} for one that is empty."""
+        nested: dict[str, Any] = {name: {} for name in names}
+        for name in nested:
+            for path, row in self.tables.get(name, {}).items():
+                dtype, _, shape = row.partition(" ")
+                place = nested
+                *parts, last = path.split("/")
+                for part in parts:
+                    place = place.setdefault(part, {})
+                sizes = tuple(int(size) for size in re.findall(r"\d+", shape))
+                place[last] = jax.ShapeDtypeStruct(sizes, np.dtype(dtype))
+        return nested
 
     @classmethod
     def read(cls, folder: Path) -> "Header":

@@ -1,15 +1,14 @@
 """Reads released PyTorch checkpoints without PyTorch, and without running anything from the file.
 
 ``read_pytorch`` takes the arrays out of the file, ``state_dict`` finds the network's among them, ``convert_names``
-gives them our names and layout, ``import_state`` compares the result with a network, leaf by leaf, and
-``import_pytorch`` does all of it. Methods whose networks have other names add lines to ``MODULE_NAMES``,
+gives them our names and layout, and ``import_state`` compares the result with a network, leaf by leaf.
+``other_files`` reads files of any format. Methods whose networks have other names add lines to ``MODULE_NAMES``,
 ``MODULE_ALIASES`` and ``LEAF_NAMES``. The networks ``standard_resnet18``, ``-34`` and ``-50`` take torchvision's
 ImageNet weights, names and shapes.
 """
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,9 +18,12 @@ import numpy as np
 
 from bnn_jax.errors import CheckpointError
 from bnn_jax.restricted_pickle import shown
-from bnn_jax.storage.torch_files import MAX_TENSORS, errors_name, read_pytorch
+from bnn_jax.storage.fitting import describe
+from bnn_jax.storage.torch_files import MAX_TENSORS
 
-MODEL_STATE_KEYS = ("model_state_dict", "state_dict", "model")
+MODEL_STATE_KEYS = ("model_state_dict", "state_dict", "model", "net")
+# What programs put in front of every name: DataParallel, and classes around the network.
+PREFIX = re.compile(r"^((module|model|net)\.)+")
 
 # Names of modules: PyTorch's (those of torchvision's ResNets), ours; {} is a number that both share.
 MODULE_NAMES: tuple[tuple[str, str], ...] = (
@@ -88,11 +90,11 @@ IGNORED_LEAVES = ("num_batches_tracked",)
 
 
 def state_dict(raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The network's arrays by name, wherever the file keeps them, without the ``module.`` of DataParallel.
+    """The network's arrays by name, wherever the file keeps them, without ``PREFIX``.
 
     Args:
       raw: what ``read_pytorch`` returns: the state itself, or a dictionary with it under 'model_state_dict',
-        'state_dict' or 'model'.
+        'state_dict', 'model' or 'net'.
 
     Raises:
       CheckpointError: there is no such state.
@@ -104,9 +106,9 @@ def state_dict(raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise CheckpointError(f"no state of a network: keys are {keys or 'none'}; accepted are {accepted}, or arrays")
     if len(state) > MAX_TENSORS:
         raise CheckpointError(f"refused: {len(state)} arrays; accepted are at most {MAX_TENSORS}")
-    named = {re.sub(r"^(module\.)+", "", name): array for name, array in state.items()}
+    named = {PREFIX.sub("", name): array for name, array in state.items()}
     if len(named) != len(state):
-        raise CheckpointError("two arrays have the same name but for 'module.'")
+        raise CheckpointError("two arrays have the same name but for 'module.' in front")
     return named
 
 
@@ -187,41 +189,54 @@ def _in_our_layout(path: str, array: np.ndarray) -> np.ndarray:
     return array.reshape(-1) if is_shift else array
 
 
+class Misfit(CheckpointError):
+    """The arrays of a file are those of another network.
+
+    Attributes:
+      found: the arrays by our paths.
+    """
+
+    def __init__(self, message: str, found: Mapping[str, np.ndarray]):
+        super().__init__(message)
+        self.found = found
+
+
 def import_state(state: Mapping[str, np.ndarray], target: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of a network from a state of PyTorch; nothing may be missing, left over or of another shape.
+    """``import_arrays`` of a state by PyTorch's names."""
+    return import_arrays(convert_names(state), target)
+
+
+def import_arrays(found: Mapping[str, np.ndarray], target: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a network from arrays by our paths; nothing may be missing, left over or of another shape.
 
     Args:
-      state: arrays by PyTorch's names.
+      found: the arrays.
       target: the network's variables, as arrays or ``jax.ShapeDtypeStruct``: collections of nested dictionaries.
 
     Returns:
-      New arrays in the structure, shapes and types of ``target``, without knobs.
+      New arrays in the structure, shapes and types of ``target``; knobs that the file does not have are left out, so
+      that their defaults hold.
 
     Raises:
-      CheckpointError: the state is of another network; one line with the first differences and their numbers.
+      Misfit: the arrays are of another network; one line with the nearest differences and their numbers.
     """
-    # Such a file holds no knobs: their defaults hold.
-    target = {name: tree for name, tree in target.items() if name != "knobs"}
-    wanted: dict[str, Any] = flax.traverse_util.flatten_dict(target, sep="/")
-    found = _with_memories(convert_names(state), wanted)
-    shared = [path for path in wanted if path in found]
-    differences = {
-        "missing in the file": [path for path in wanted if path not in found],
-        "unknown to the network": [shown(path) for path in found if path not in wanted],
-        "of another shape or type": [
-            f"{path} {found[path].dtype}{found[path].shape} for {wanted[path].dtype}{tuple(wanted[path].shape)}"
-            for path in shared
-            if not _fits(path, found[path], wanted[path])
-        ],
-    }
-    if any(differences.values()):
-        parts = [f"{len(rows)} {kind} ({_first(rows)})" for kind, rows in differences.items() if rows]
-        raise CheckpointError(f"checkpoint of another network: {'; '.join(parts)}")
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(target, sep="/")
+    wanted = {path: leaf for path, leaf in leaves.items() if path in found or not path.startswith("knobs/")}
+    found = _with_memories(found, wanted)
+    missing = [path for path in wanted if path not in found]
+    unknown = [path for path in found if path not in wanted]
+    others = [
+        f"{path} {found[path].dtype}{found[path].shape} for {wanted[path].dtype}{tuple(wanted[path].shape)}"
+        for path in wanted
+        if path in found and not fits(path, found[path], wanted[path])
+    ]
+    if differences := describe(missing, unknown, others):
+        raise Misfit(differences, found)
     arrays = {path: np.array(found[path], wanted[path].dtype, order="C") for path in wanted}
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def _with_memories(found: dict[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _with_memories(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays and, for each codebook, the memory that SNN's files leave out: at its start, the codebook's signs."""
     memories = [path for path in wanted if path.endswith("/weight_quantizer/memory") and path not in found]
     sources = {
@@ -235,30 +250,8 @@ def _with_memories(found: dict[str, np.ndarray], wanted: Mapping[str, Any]) -> d
     return {**found, **signs}
 
 
-def _fits(path: str, array: np.ndarray, leaf: Any) -> bool:
+def fits(path: str, array: np.ndarray, leaf: Any) -> bool:
     """Same shape and kind of number; a mask may be saved in any type."""
     return array.shape == tuple(leaf.shape) and (
         path.endswith("/mask") or array.dtype.kind == np.dtype(leaf.dtype).kind
     )
-
-
-def _first(rows: list[str], count: int = 3) -> str:
-    return ", ".join(rows[:count]) + (", ..." if len(rows) > count else "")
-
-
-def import_pytorch(path: str | os.PathLike, target: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of a network from a released PyTorch checkpoint.
-
-    Args:
-      path: file of ``torch.save``.
-      target: the network's variables, as arrays or ``jax.ShapeDtypeStruct``.
-
-    Returns:
-      New arrays in the structure, shapes and types of ``target``.
-
-    Raises:
-      CheckpointError: one line that begins with the path: the file is missing, damaged, hostile or of another network.
-    """
-    raw = read_pytorch(path)
-    with errors_name(path):
-        return import_state(state_dict(raw), target)

@@ -1,7 +1,7 @@
 """The file formats of ``torch.save``: a zip archive since PyTorch 1.6, before that pickles followed by raw numbers.
 
 A file costs no more memory than 4 times its size and 64 MiB, and is refused within two seconds: what it says of itself
-is checked against the limits below, and against its size, before memory is taken for it.
+is checked against the limits below and in ``array_files``, and against its size, before memory is taken for it.
 """
 
 import contextlib
@@ -16,6 +16,14 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from bnn_jax import restricted_pickle
+from bnn_jax.array_files import (
+    MAX_ARRAYS,
+    MAX_TABLE_BYTES,
+    SPARE_BYTES,
+    BoundedFile,
+    check_packed,
+    read_record,
+)
 from bnn_jax.errors import CheckpointError, UserError
 from bnn_jax.restricted_pickle import shown
 
@@ -24,12 +32,9 @@ LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 LEGACY_VERSION = 1001
 
 # The pickle of a ResNet-20 with the state of its optimiser has 27 kB and 7,500 instructions for 200 tensors.
-MAX_PICKLE_BYTES = 4 << 20
+MAX_PICKLE_BYTES = MAX_TABLE_BYTES
 MAX_INSTRUCTIONS = 250_000
-MAX_TENSORS = 5_000
-# What storages, and tensors, may take beyond twice the size of the file.
-SPARE_BYTES = 8 << 20
-PIECE = 1 << 20
+MAX_TENSORS = MAX_ARRAYS
 
 
 @contextlib.contextmanager
@@ -37,12 +42,15 @@ def errors_name(path: str | os.PathLike) -> Iterator[None]:
     """Makes every error on the way a CheckpointError of one line that begins with the path."""
     try:
         yield
+    except CheckpointError as error:
+        error.args = (f"{path}: {error}",)
+        raise
     except UserError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Whatever a damaged file makes zipfile, zlib or numpy raise, it is the file's fault.
-        raise CheckpointError(f"{path}: damaged PyTorch file ({type(error).__name__})") from error
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__})") from error
 
 
 def read_pytorch(path: str | os.PathLike) -> dict:
@@ -62,7 +70,7 @@ def read_pytorch(path: str | os.PathLike) -> dict:
             raise UserError("no such file; accepted is a PyTorch checkpoint (.pth, .pt, .th, .pth.tar)")
         if not Path(path).is_file():
             raise UserError("not a file; accepted is a PyTorch checkpoint (.pth, .pt, .th, .pth.tar)")
-        with _BoundedFile(io.FileIO(path)) as file:
+        with BoundedFile(io.FileIO(path)) as file:
             legacy = file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
             if not legacy and not zipfile.is_zipfile(file):
                 raise UserError("not a PyTorch checkpoint, or cut off; accepted are files of torch.save")
@@ -70,18 +78,6 @@ def read_pytorch(path: str | os.PathLike) -> dict:
         if type(content) is not dict:
             raise UserError(f"holds a {type(content).__name__}; accepted is a dictionary")
         return content
-
-
-class _BoundedFile(io.BufferedReader):
-    """A file of which nobody reads much at once: an archive says itself how long its table of contents is."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        """As usual, but at most as much as a pickle may have."""
-        limit = MAX_PICKLE_BYTES + 1 if size is None or size < 0 else size
-        data = super().read(min(limit, MAX_PICKLE_BYTES + 1))
-        if len(data) > MAX_PICKLE_BYTES:
-            raise UserError("refused: its table of contents is larger than that of any checkpoint")
-        return data
 
 
 class _Tensors:
@@ -164,15 +160,14 @@ def _read_zip(file: BinaryIO) -> Any:
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
-        # PyTorch does not compress; others may, but weights not by much: more than this is meant to fill the memory.
-        if sum(record.file_size for record in archive.infolist()) > 2 * size + SPARE_BYTES:
-            raise UserError("refused: it would unpack to many times its size")
+        # PyTorch does not compress; others may.
+        check_packed(archive, size)
         roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
         if len(roots) != 1 or len(records) != len(archive.infolist()):
             raise UserError("not a PyTorch checkpoint: a zip file without exactly one 'data.pkl'")
 
         def record(name: str) -> bytearray:
-            return _record(archive, name, records.get(f"{roots[0]}{name}"))
+            return read_record(archive, name, records.get(f"{roots[0]}{name}"))
 
         def storage(key: str, length: int) -> bytearray:
             content = record(f"data/{key}")
@@ -188,25 +183,6 @@ def _read_zip(file: BinaryIO) -> Any:
         if len(pickled) > MAX_PICKLE_BYTES:
             raise UserError(f"refused: a pickle of {len(pickled)} bytes; accepted are at most {MAX_PICKLE_BYTES}")
         return tensors.load(io.BytesIO(pickled))
-
-
-def _record(archive: zipfile.ZipFile, name: str, record: zipfile.ZipInfo | None) -> bytearray:
-    """Content of a record, in pieces and no more than it declares, verified against its checksum."""
-    if record is None:
-        raise UserError(f"damaged: record {shown(name)} is missing")
-    if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or record.flag_bits & 1:
-        raise UserError(f"record {shown(name)} is encrypted or packed in a way PyTorch does not use")
-    content, end = bytearray(record.file_size), 0
-    try:
-        with archive.open(record) as stream:
-            while piece := stream.read(PIECE):
-                content[end : end + len(piece)] = piece
-                end += len(piece)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"damaged: record {shown(name)} has a wrong checksum or header") from error
-    if end != record.file_size:
-        raise UserError(f"damaged: record {shown(name)} is cut off")
-    return content
 
 
 def _read_legacy(file: BinaryIO) -> Any:

@@ -1,6 +1,7 @@
 """The weights in use: what the weight quantizers of a network make of its variables, layer by layer."""
 
 import contextlib
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bnn_jax import files
 from bnn_jax.layers.conv import QuantConv, QuantDense
 from bnn_jax.quantizers.base import Encoded, WeightQuantizer, evaluation_context
 
+PARTS = ("kernel", "indices", "levels", "scale")
 # Of a layer: its path, its quantizer, what that was called with, the kernel in use.
 Visit = Callable[[str, WeightQuantizer, tuple, jax.Array], None]
 
@@ -100,11 +102,22 @@ def save_weights(path: Path, encoded: Mapping[str, Encoded]) -> None:
     """
     arrays = {}
     for layer, weights in encoded.items():
-        parts = {"kernel": weights.decode(), "indices": weights.indices, "levels": weights.levels}
-        parts["scale"] = weights.scale
-        arrays.update({f"{layer}/{name}": np.asarray(value) for name, value in parts.items()})
+        parts = (weights.decode(), weights.indices, weights.levels, weights.scale)
+        arrays.update({f"{layer}/{name}": np.asarray(value) for name, value in zip(PARTS, parts, strict=True)})
     with files.replacing(path, binary=True) as file:
         np.savez_compressed(file, **arrays)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file is there that ``save_weights`` wrote: all checksums are right, no array of a layer is missing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {tuple(name.rsplit("/", 1)) for name in archive.namelist()}
+            layers = {layer for layer, *_ in names}
+            complete = names == {(layer, f"{part}.npy") for layer in layers for part in PARTS}
+            return bool(names) and complete and archive.testzip() is None
+    except Exception:  # Whatever a damaged file makes zipfile and zlib raise.
+        return False
 
 
 def put_base(variables: dict[str, Any], fresh: dict[str, Any], encoded: Mapping[str, Encoded]) -> dict[str, Any]:

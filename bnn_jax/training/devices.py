@@ -86,3 +86,9 @@ def all_devices() -> Devices:
     """The mesh over every device jax sees."""
     # Auto: with Explicit axes, the default, jax 0.11 and 0.12 refuse the scatter in the gradient of a cross-entropy.
     return Devices(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)))
+
+
+def describe_devices() -> str:
+    """'8 x NVIDIA H200 (gpu)': what jax computes on."""
+    device = jax.devices()[0]
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"

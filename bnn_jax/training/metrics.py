@@ -36,20 +36,22 @@ def read(path: Path, *, epochs: int | None = None, shape: Any = None) -> list[di
     Raises:
       UserError: a line is damaged, or an epoch is missing.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not path.exists():
+        return [] if epochs is None else _all_epochs([], epochs, path)
     records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = run_files.parse(line)
-            wrong = run_files.problem(record, shape or run_files.record())
-        except ValueError as error:
-            if number == len(lines):
-                break
-            wrong = str(error)
-        if wrong or record["epoch"] != number - 1:
-            wrong = wrong or f"epoch={record['epoch']}: accepted is {number - 1}"
-            raise UserError(f"{path}: line {number} is damaged: {wrong}; {_remedy(path)}")
-        records.append(record)
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(run_files.MOST_BYTES + 1), b""), start=1):
+            try:
+                record = run_files.parse(line)
+                wrong = run_files.problem(record, shape or run_files.record())
+            except ValueError as error:
+                if not file.read(1):
+                    break
+                wrong = str(error)
+            if wrong or record["epoch"] != number - 1:
+                wrong = wrong or f"epoch={record['epoch']}: accepted is {number - 1}"
+                raise UserError(f"{path}: line {number} is damaged: {wrong}; {_remedy(path)}")
+            records.append(record)
     return records if epochs is None else _all_epochs(records, epochs, path)
 
 

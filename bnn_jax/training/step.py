@@ -21,6 +21,7 @@ from bnn_jax.training import averaging
 from bnn_jax.training.devices import Devices
 from bnn_jax.training.epoch_sums import COUNTS, add_metrics, step_metrics
 from bnn_jax.training.feed import Rows, fetch
+from bnn_jax.training.frozen import Frozen
 from bnn_jax.training.mixup import mixed
 from bnn_jax.training.projections import Projection, Update
 from bnn_jax.training.seeds import ONE_SEED, Seeds
@@ -68,6 +69,7 @@ class StepParts:
       choose: draws the branches of a step, or None.
       accumulation_steps: parts of a batch that are passed through the network one after another, see
         ``accumulated_pass``.
+      frozen: parameters and modules that no step changes.
       mixup: alpha of the distribution that images are mixed by, see ``mixup``; 0 mixes none.
       ema_decay: decay of the average of the weights, see ``averaging``; 0 averages nothing.
     """
@@ -82,6 +84,7 @@ class StepParts:
     projections: tuple[Projection, ...] = ()
     choose: Choose | None = None
     accumulation_steps: int = 1
+    frozen: Frozen = dataclasses.field(default_factory=Frozen)
     mixup: float = 0.0
     ema_decay: float = 0.0
 
@@ -153,9 +156,9 @@ def train_step(
     changes, opt_state = parts.optimizer.update(update.grads, update.opt_state, update.params, ctx=ctx)
     new_state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(update.params, changes),
+        params=parts.frozen.keep_params(state.params, optax.apply_updates(update.params, changes)),
         batch_stats=done.batch_stats,
-        quant_state=update.quant_state,
+        quant_state=parts.frozen.keep_state(state.quant_state, update.quant_state),
         opt_state=opt_state,
         objective_state=done.objective_state,
         metric_sums=add_metrics(state.metric_sums, done.metrics, state.step),
@@ -194,7 +197,7 @@ def one_pass(
         teacher_logits = parts.teacher.apply(teacher, batch.images, own_ctx).logits
 
     def terms_function(params: Any):
-        variables = {**state.variables, "params": params}
+        variables = {**state.variables, "params": parts.frozen.stop_gradient(params)}
         outputs, updates = forward(parts, variables, batch.images, ctx, key=key)
         outputs = outputs.replace(teacher_logits=teacher_logits)
         terms = {o.name: o(outputs, batch, state.objective_state.get(o.name, {}), ctx) for o in parts.objectives}
@@ -274,24 +277,26 @@ def forward(
       The outputs (without a teacher's), and the collections the pass changed.
     """
     with_real_stream = needs_real_features(parts.objectives)
-    output, updates = parts.network.apply(
-        variables,
-        images,
-        ctx,
-        mutable=["batch_stats", "quant_state", *(["taps", "block_features"] if with_real_stream else [])],
-        rngs={"quant": jax.random.fold_in(key, QUANTIZER)},
-    )
+    with parts.frozen.fixed_norms():
+        output, updates = parts.network.apply(
+            variables,
+            images,
+            ctx,
+            mutable=["batch_stats", "quant_state", *(["taps", "block_features"] if with_real_stream else [])],
+            rngs={"quant": jax.random.fold_in(key, QUANTIZER)},
+        )
     outputs = Outputs(logits=output.logits, features=output.features)
     if with_real_stream:
         # The second pass reads the outputs of the first, changes nothing and carries no gradient.
-        _, real = parts.network.apply(
-            # Without any quantized layer there is nothing to read: the two streams are then the same.
-            jax.lax.stop_gradient({**variables, "taps": updates.get("taps", {})}),
-            images,
-            ctx.replace(stream="real"),
-            mutable=["block_features"],
-            rngs={"quant": jax.random.fold_in(key, REAL_STREAM)},
-        )
+        with parts.frozen.fixed_norms():
+            _, real = parts.network.apply(
+                # Without any quantized layer there is nothing to read: the two streams are then the same.
+                jax.lax.stop_gradient({**variables, "taps": updates.get("taps", {})}),
+                images,
+                ctx.replace(stream="real"),
+                mutable=["block_features"],
+                rngs={"quant": jax.random.fold_in(key, REAL_STREAM)},
+            )
         features = (jax.tree.leaves(collection.get("block_features", {})) for collection in (updates, real))
         outputs = outputs.replace(block_features=tuple(next(features)), real_features=tuple(next(features)))
     return outputs, {name: updates[name] for name in ("batch_stats", "quant_state") if name in updates}

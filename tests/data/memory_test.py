@@ -176,3 +176,22 @@ def test_limit_names_the_key_the_value_and_what_is_accepted():
     for asked in (0, 8):
         with pytest.raises(DataError, match=rf"config.data.num_train={asked}: digits train has 7 images.*1 to 7"):
             limit("digits train", "num_train", asked=asked, available=7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mean", "std"),
+    [
+        ({}, (0.5,) * 3, (0.205,) * 3),
+        ({"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        ({"normalize": False}, (0.0,) * 3, (1.0,) * 3),
+    ],
+)
+def test_images_are_normalised_as_the_spec_says(changes, mean, std):
+    source = data.build(DataSpec("synthetic", num_train=2, num_eval=2, **changes), data_dir=None)
+    assert (source.mean, source.std) == (mean, std)
+
+
+def test_statistics_for_another_number_of_channels_are_refused():
+    spec = DataSpec("synthetic", num_train=2, num_eval=2, mean=(0.5,), std=(0.5,))
+    with pytest.raises(DataError, match=r"^config\.data\.mean=\(0\.5,\): accepted with synthetic are 3 numbers"):
+        data.build(spec, data_dir=None)

@@ -10,10 +10,10 @@ from bnn_jax.errors import UserError
 from bnn_jax.experiment.build import make_experiment
 from bnn_jax.experiment.check import check_seeds
 from bnn_jax.experiment.config import validate
-from bnn_jax.experiment.evaluate import only_test
+from bnn_jax.experiment.evaluation import only_test
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import load_images, normalization_of
-from bnn_jax.experiment.train import _make_folder
+from bnn_jax.experiment.training import _make_folder
 from configs import quickstart
 
 

@@ -22,7 +22,7 @@ import os, pathlib, sys, warnings
 sys.path.insert(0, {root!r})
 warnings.simplefilter("ignore")  # jax warns of forks; no device and no thread of it has been started yet
 import launch, orbax.checkpoint
-import bnn_jax.command_line, bnn_jax.experiment.evaluate
+import bnn_jax.command_line, bnn_jax.experiment.evaluation
 import jax, jax.numpy as jnp
 from bnn_jax.errors import UserError
 from bnn_jax.storage.checkpoint import CheckpointStore

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bnn_jax.errors import UserError
-from bnn_jax.experiment import train
+from bnn_jax.experiment import training
 from bnn_jax.ops import convolution
 from tests.integration.launching import (
     QUICKSTART,
@@ -217,7 +217,7 @@ def no_training(monkeypatch) -> str:
     def fails(*_: Any, **__: Any) -> None:
         raise UserError("as far as this test goes")
 
-    monkeypatch.setattr(train, "_run_stage", fails)
+    monkeypatch.setattr(training, "_run_stage", fails)
     return "error: as far as this test goes"
 
 

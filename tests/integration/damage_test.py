@@ -64,9 +64,14 @@ def without_last_line(path: Path) -> None:
 def flipped(folder: Path) -> None:
     """Another byte in the middle of every file."""
     for path in folder.rglob("*"):
-        if path.is_file() and (content := bytearray(path.read_bytes())):
-            content[len(content) // 2] ^= 0xFF
-            path.write_bytes(content)
+        if path.is_file() and path.stat().st_size:
+            flipped_middle(path)
+
+
+def flipped_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
 
 
 BRACKETS = holds("[" * 100_000 + "]" * 100_000)
@@ -193,6 +198,17 @@ def test_missing_weights_and_tables_of_a_finished_stage_are_made_again(two_rungs
     # The archive of the arrays holds the time it was written.
     del before[lost[-1]], after[lost[-1]]
     assert before == after
+
+
+@pytest.mark.parametrize("damage", [cut, flipped_middle], ids=["cut", "flipped"])
+def test_damaged_weights_of_a_finished_stage_are_made_again(two_rungs, copy_of, damage):
+    folder = copy_of(two_rungs)
+    weights = folder / LAST / "weights.npz"
+    damage(weights)
+    finished = launch_well(*TWO_RUNGS, f"--workdir={folder}")
+    assert "wrote weights.npz anew from the last checkpoint" in finished.stderr
+    expected, made = arrays(two_rungs / LAST / "weights.npz"), arrays(weights)
+    assert expected.keys() == made.keys() and all(np.array_equal(made[name], expected[name]) for name in expected)
 
 
 def test_weights_are_not_made_of_a_damaged_checkpoint(two_rungs, copy_of):

@@ -1,4 +1,6 @@
-"""Files that cost more than they weigh are refused in two seconds and 4 times their size + 64 MiB; real ones load."""
+"""Files of any format that cost more than they weigh are refused in two seconds and 4 times their size + 64 MiB;
+real ones load.
+"""
 
 import json
 import pathlib
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,16 +23,23 @@ PROGRAM = """
 import json, os, pathlib, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 from bnn_jax.errors import UserError
-from bnn_jax.storage import pytorch
+from bnn_jax import run_files
+from bnn_jax.deploy import artefact
+from bnn_jax.storage import other_files
 for path in map(pathlib.Path, sys.argv[2:]):
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 4 * path.stat().st_size + (64 << 20), resource.RLIM_INFINITY))
     begin, error, arrays = time.process_time(), None, None
     try:
-        state = pytorch.convert_names(pytorch.state_dict(pytorch.read_pytorch(path)))
-        # What an import holds at last: a copy of each array.
-        arrays = len([array.copy() for array in state.values()])
-        del state
+        if path.suffix == ".json":
+            run_files.read(path, run_files.TRAINED)
+        elif path.suffix == ".bnn":
+            artefact.load(path)
+        else:
+            state = other_files.read_arrays(path)
+            # What an import holds at last: a copy of each array.
+            arrays = len([array.copy() for array in state.values()])
+            del state
     except UserError as caught:
         error = str(caught)
     seconds = time.process_time() - begin
@@ -118,7 +128,69 @@ def many_records(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def with_header(path: pathlib.Path, header: bytes, data: bytes = b"") -> pathlib.Path:
+    """A file of safetensors."""
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def endless_header(path: pathlib.Path) -> pathlib.Path:
+    path.write_bytes((1 << 39).to_bytes(8, "little") + b"{" + b" " * 100)
+    return path
+
+
+def many_arrays(path: pathlib.Path) -> pathlib.Path:
+    """30,000 arrays over the same byte."""
+    entry = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    return with_header(path, b"{" + b",".join(b'"n%d":%s' % (n, entry) for n in range(30_000)) + b"}", b"0")
+
+
+def inflating_npz(path: pathlib.Path) -> pathlib.Path:
+    """20 arrays of 50 MiB of zeros, in 1 MB."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(20):
+            archive.writestr(f"n{number}.npy", bytes(50 << 20))
+    return path
+
+
+def nested_npy(path: pathlib.Path) -> pathlib.Path:
+    """An array whose header, which numpy reads as Python's, is nested without end."""
+    header = b"\x93NUMPY\x02\x00" + (1 << 20).to_bytes(4, "little") + b"(" * (1 << 20)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header)
+    return path
+
+
+def json_of(text: bytes) -> Callable[[pathlib.Path], pathlib.Path]:
+    def make(path: pathlib.Path) -> pathlib.Path:
+        path = path.with_suffix(".json")
+        path.write_bytes(text)
+        return path
+
+    return make
+
+
+def exported_with(header: bytes) -> Callable[[pathlib.Path], pathlib.Path]:
+    return lambda path: with_header(path.with_suffix(".bnn"), header)
+
+
 CASES = {
+    "safetensors: a header of 512 GiB": (endless_header, "its header is longer than the file"),
+    "safetensors: a header of 60 MB": (
+        lambda path: with_header(path, b"{" + b" " * 60_000_000),
+        "a header of 60000001",
+    ),
+    "safetensors: 700,000 lists": (lambda path: with_header(path, b'{"a":[' + b"[]," * 690_000 + b"[]]}"), "JSON"),
+    "safetensors: nested": (lambda path: with_header(path, b'{"a":' * 300_000 + b"1" + b"}" * 300_000), "JSON"),
+    "safetensors: 30,000 arrays": (many_arrays, "30000 arrays; accepted are at most 5000"),
+    "npz: 1 GB of zeros": (inflating_npz, "many times its size"),
+    "npz: a nested header": (nested_npy, "no header of an array"),
+    "exported: 700,000 lists": (exported_with(b'{"a":[' + b"[]," * 690_000 + b"[]]}"), "JSON"),
+    "exported: a header of 60 MB": (exported_with(b"{" + b" " * 60_000_000), "a header of 60000001"),
+    "run: 1.3 million lists": (json_of(b"[" + b"[]," * 1_300_000 + b"[]]"), "JSON of at most"),
+    "run: 30 million numbers": (json_of(b"[" + b"0.1," * 30_000_000 + b"1]"), "JSON of at most"),
+    "run: a million numbers": (json_of(b"[" + b"0.1," * 1_000_000 + b"1]"), "accepted is an object"),
+    "run: nested": (json_of(b"[" * 300_000 + b"]" * 300_000), "accepted is JSON"),
     "an entry that inflates to 1 GiB": (understated, "wrong checksum or header"),
     "60,000 colliding integer keys": (colliding_keys, "an integer of 10 bytes"),
     "60,000 tuples as keys": (colliding_tuples, "a key of type tuple"),

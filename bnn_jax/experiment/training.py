@@ -19,7 +19,7 @@ from bnn_jax.errors import Interrupted, UserError
 from bnn_jax.experiment import folder as files
 from bnn_jax.experiment.build import Experiment, set_up
 from bnn_jax.experiment.check import check
-from bnn_jax.experiment.evaluate import evaluated_choice, make_evaluator
+from bnn_jax.experiment.evaluation import evaluated_choice, make_evaluator
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import SavedVariables, load_images, normalization_of
 from bnn_jax.experiment.results import finish, remake

@@ -16,7 +16,7 @@ from bnn_jax.deploy.export import export
 from bnn_jax.deploy.interchange import to_onnx, to_stablehlo
 from bnn_jax.errors import UserError
 from bnn_jax.experiment.build import Experiment
-from bnn_jax.experiment.evaluate import StageVariables, evaluated_choice, only_test, read_stage
+from bnn_jax.experiment.evaluation import StageVariables, evaluated_choice, only_test, read_stage
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import load_images, normalization_of
 from bnn_jax.quantizers.base import evaluation_context

@@ -97,7 +97,8 @@ def read_stage(
     # The variables are read before the images: a wrong checkpoint shows at once.
     (network, shapes), seeds = described_network(experiment, stage), seeds_of(experiment, stage)
     if checkpoint is not None:
-        variables, path = load_checkpoint(checkpoint, seeds.shapes(shapes)), checkpoint
+        shape, _ = experiment.describe(stage)
+        variables, path = load_checkpoint(checkpoint, seeds.shapes(shapes), image_shape=shape), checkpoint
     else:
         saved, path = SavedVariables(experiment, folder), folder.checkpoints(stage.name)
         variables = saved.load(f"stage:{stage.name}@{which or 'last'}", shapes, seeds)

@@ -16,7 +16,7 @@ from bnn_jax.errors import UserError
 from bnn_jax.experiment import folder as files
 from bnn_jax.experiment import start
 from bnn_jax.experiment.build import Experiment, build_objectives, described_network, seeds_of
-from bnn_jax.experiment.evaluate import evaluated_choice, only_test
+from bnn_jax.experiment.evaluation import evaluated_choice, only_test
 from bnn_jax.experiment.folder import RunFolder
 from bnn_jax.experiment.load import SavedVariables, load_images, normalization_of
 from bnn_jax.quantizers import build_weight
