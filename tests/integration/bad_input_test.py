@@ -48,7 +48,10 @@ IMAGENET = f"--config={ROOT / 'configs' / 'asbq_resnet18.py'}"
             ["--config.train.batchsize", "did you mean config.train.batch_size?"],
         ),
         ((QUICKSTART, "--config.sedd=8"), ["--config.sedd", "did you mean config.seed?"]),
-        ((QUICKSTART, "--config.train.clip=8"), ["--config.train.clip: unknown key; accepted are train.accum"]),
+        (
+            (QUICKSTART, "--config.train.clip=8"),
+            ["--config.train.clip: unknown key; did you mean config.train.gradient_clip_norm?"],
+        ),
         ((QUICKSTART, "--config.train=8"), ["--config.train: unknown key", "train.batch_size"]),
         # wrong types
         ((QUICKSTART, "--config.train.batch_size=many"), ["--config.train.batch_size=many", "accepted is int"]),
@@ -126,8 +129,8 @@ def test_a_network_that_cannot_be_built_is_one_line_without_training_too(mode, n
 
 def test_a_quantizer_that_does_not_fit_a_layer_is_one_line(tmp_path):
     config = f"--config={ROOT / 'configs' / 'snn_resnet20.py'}:smoke"
-    network = "--config.network=standard_resnet50"
-    line = refused(launch_here(config, network, "--mode=summary", f"--workdir={tmp_path / 'run'}"))
+    network = ("--config.network=standard_resnet50", "--config.data.image_size=64")
+    line = refused(launch_here(config, *network, "--mode=summary", f"--workdir={tmp_path / 'run'}"))
     assert "stage sub_bit: network 'standard_resnet50'" in line
     assert "codebook quantizer: kernel 1x1x64x64: accepted are 3x3 convolutions" in line
 
