@@ -12,15 +12,13 @@ ImageNet beside the published numbers. Exit status 1 where a size is missed or a
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import launch
 from benchmarks.inference import random_export
 from bnn_jax import command_line
+from bnn_jax.data.augment import prepare_eval
 from bnn_jax.deploy import artefact, interchange, load, native
 from bnn_jax.deploy.weights import PatternWeights
 from bnn_jax.experiment.build import make_experiment
@@ -38,15 +37,17 @@ from bnn_jax.experiment.evaluation import evaluated_choice, only_test, read_stag
 from bnn_jax.experiment.exports import export_stage
 from bnn_jax.experiment.folder import RunFolder, provenance
 from bnn_jax.experiment.load import load_images
-from bnn_jax.quantizers.base import evaluation_context
 from bnn_jax.report.costs import complexity
 from bnn_jax.stages import QuantSpec, spec
+from bnn_jax.training.devices import all_devices
+from bnn_jax.training.evaluate import outputs_of
 
 # Mbit of the quantized weights of ResNet-18 on ImageNet, published for each tau.
 SNN_MBIT = {9: 10.99, 6: 7.324, 5: 6.103, 4: 4.882}
 
 # A file may take 1.02 times the summary's bytes and this for operations, names and checksums.
 DESCRIPTION_BYTES = 4096
+BATCH = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,19 +105,6 @@ def experiment_of(row: Row, options: argparse.Namespace, workdir: Path) -> tuple
     return experiment, RunFolder(workdir, experiment.stages), checkpoint
 
 
-def batches(count: int, size: int = 500) -> Iterator[slice]:
-    """Slices of all images."""
-    return (slice(start, start + size) for start in range(0, count, size))
-
-
-def training_logits(found: Any, folder: RunFolder, images: np.ndarray) -> np.ndarray:
-    """Logits of training's own network."""
-    choice = evaluated_choice(found.stage, found.network, folder)
-    context = evaluation_context(found.variables, choice=None if choice is None else jnp.asarray(choice, jnp.int32))
-    apply = jax.jit(lambda variables, batch: found.network.apply(variables, batch, context).logits)
-    return np.concatenate([apply(found.variables, images[rows]) for rows in batches(len(images))])
-
-
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray | None:
     """Logits in onnxruntime, or None where it is not installed."""
     try:
@@ -127,7 +115,8 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray | None:
     exported = artefact.load(path)
     model = interchange.to_onnx(exported.program, exported.weights)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(None, {"images": images[rows]})[0] for rows in batches(len(images))])
+    parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    return np.concatenate([session.run(None, {"images": part})[0] for part in parts])
 
 
 def compare(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +131,16 @@ def compare(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "network.bnn"
     written = export_stage(experiment, folder, stage_name=row.stage, checkpoint=checkpoint, output=path)
-    logits = training_logits(found, folder, images)
+    logits = outputs_of(
+        found.network,
+        found.variables,
+        source.test,
+        part="logits",
+        prepare=functools.partial(prepare_eval, mean=source.mean, std=source.std),
+        batch_size=BATCH,
+        devices=all_devices(),
+        choice=evaluated_choice(found.stage, found.network, folder),
+    )
     others = {
         "packed": load(path).logits(images),
         "jax": load(path, backend="jax").logits(images),
