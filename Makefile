@@ -1,5 +1,5 @@
 # make run    a small 32->8->4->2->1-bit chain on scikit-learn's digits: installs, trains, prints a table, saves a plot
-# make test   the default test suite
+# make test   the default test suite; make test-all also runs the tests that take more than ten seconds each
 # make lint   style, formatting, types
 # make docs   the documentation, into site/; warnings are errors
 # make clean  removes the environment and the caches; runs/ stays
@@ -12,10 +12,11 @@
 
 VENV ?= .venv
 TEST_WORKERS ?= 2
+TEST_MARKS ?= not slow
 comma := ,
 extras = $(1)$(if $(EXTRAS),$(comma)$(EXTRAS))
 
-.PHONY: run test lint docs clean
+.PHONY: run test test-all lint docs clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.installed-$(call extras,report)
@@ -24,7 +25,10 @@ run: $(VENV)/.installed-$(call extras,report)
 
 # The tests need no accelerator, and several processes would fight for the memory of one.
 test: $(VENV)/.installed-$(call extras,report$(comma)test)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(TEST_OPTIONS)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python -m pytest -q -m "$(TEST_MARKS)" -n $(TEST_WORKERS) --dist loadfile $(TEST_OPTIONS)
+
+test-all:
+	$(MAKE) test TEST_MARKS=
 
 lint: $(VENV)/.installed-$(call extras,dev$(comma)report$(comma)test)
 	$(VENV)/bin/ruff check .
