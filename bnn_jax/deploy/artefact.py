@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from bnn_jax import run_files
 from bnn_jax.array_files import BoundedFile, read_safetensors
@@ -94,6 +93,9 @@ def save(path: Path, program: Program, weights: Mapping[str, Weights], facts: Ma
         "checksums": _json({**checksums, "facts": zlib.crc32(text.encode())}),
     }
     temporary = path.with_name(f"{path.name}.tmp")
+    # Only here: a program that classifies starts without it.
+    import safetensors.numpy
+
     temporary.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
     temporary.replace(path)
 
