@@ -52,6 +52,14 @@ def unfinished(
     return {**found, **accuracies, "selection": "test", "epochs": len(records)}
 
 
+def without_folders(config: Any) -> Any:
+    """A config whose files, 'file:PATH', are named without the folders they lie in on this machine."""
+    if isinstance(config, dict):
+        return {key: without_folders(value) for key, value in config.items()}
+    is_file = isinstance(config, str) and config.startswith("file:")
+    return f"file:{Path(config.removeprefix('file:')).name}" if is_file else config
+
+
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """A recorded config with the keys that were added since."""
     sections = {name: configs.defaults(name).to_dict() for name in ("", "data", "train", config["method"])}
@@ -157,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = shown(options, content["stages"])
     costs(content["config"], [stage for stage in content["stages"] if in_tables(stage, tables["shown"])])
     # Where the images lay is nobody else's business.
+    content["config"] = without_folders(content["config"])
     content["config"]["data"]["data_dir"] = "DIR"
     texts = {name: getattr(options, name) for name in TEXTS if getattr(options, name)}
     options.output.write_text(json.dumps({**texts, **tables, **content}, indent=1) + "\n")

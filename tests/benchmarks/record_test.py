@@ -79,3 +79,8 @@ def test_a_config_from_before_a_key_was_there_has_its_default():
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no run folder"):
         record.main([str(tmp_path), f"--output={tmp_path / 'x.json'}", *TEXTS])
+
+
+def test_files_are_named_without_their_folders():
+    config = {"init_from": "file:/a/b/x.th", "data": {"name": "cifar10"}, "bits": (1,)}
+    assert record.without_folders(config) == {**config, "init_from": "file:x.th"}
