@@ -80,7 +80,7 @@ def plan(stage: Stage, found: Mapping[str, Any], target: Mapping[str, Any], bran
     last = f"params/{facts_of(stage.network.name).last_layer}/"
     wanted = {
         path: tuple(leaf.shape)
-        for path, leaf in flax.traverse_util.flatten_dict(dict(target), sep="/").items()
+        for path, leaf in flat_arrays(target).items()
         if path.startswith(tuple(f"{name}/" for name in stage.inherit.collections))
     }
     shapes = {path: tuple(leaf.shape) for path, leaf in found.items() if not path.startswith(("knobs/", FOLDED))}
@@ -121,7 +121,7 @@ def _may_be_new(path: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[in
 
 def adapted(plan: Plan, found: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
     """``fresh`` with the variables that a plan copies, in buffers of their own."""
-    flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(dict(fresh), sep="/"))
+    flat = flat_arrays(fresh)
     for path in plan.copied:
         value = np.asarray(found[path], flat[path].dtype)
         flat[path] = jnp.array(np.broadcast_to(value, flat[path].shape), copy=True)
