@@ -17,7 +17,6 @@ from bnn_jax.storage.content_hash import Header
 from bnn_jax.training import loop as loop_module
 from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.feed import Dispatch
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import EpochMeter, LoopOptions, StageLoop, dispatch_length, steps_per_epoch
@@ -32,13 +31,7 @@ STAGE = tiny.stage(epochs=EPOCHS)
 DEVICES = all_devices()
 TIMES = ("seconds", "images_per_second")
 PARTS = tiny.parts(chosen=STAGE)
-EVALUATOR = Evaluator(
-    PARTS.network,
-    prepare=tiny.prepare_for_evaluation,
-    splits={"test": DATA.test, "validation": DATA.validation},
-    batch_size=5,
-    devices=DEVICES,
-)
+EVALUATOR = tiny.evaluator(PARTS.network, {"test": DATA.test, "validation": DATA.validation})
 
 
 @pytest.fixture(scope="module", autouse=True)

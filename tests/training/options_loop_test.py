@@ -19,7 +19,6 @@ from bnn_jax.storage.weights import encoded_weights
 from bnn_jax.training import flips, metrics
 from bnn_jax.training import loop as loop_module
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.loop import LoopOptions, Setup, StageLoop
 from bnn_jax.training.seeds import Seeds
 from bnn_jax.training.state import TrainState
@@ -44,13 +43,7 @@ def set_up(*, epochs: int = EPOCHS, log_flips: bool = True, seeds: Seeds | None 
 SETUP = set_up(mixup=0.4, ema_decay=0.5)
 NETWORK = SETUP.network
 SIGNS = flips.signs_program(SETUP.stage, NETWORK, SHAPE)
-EVALUATOR = Evaluator(
-    NETWORK,
-    prepare=tiny.prepare_for_evaluation,
-    splits={"test": DATA.test, "validation": DATA.validation},
-    batch_size=5,
-    devices=DEVICES,
-)
+EVALUATOR = tiny.evaluator(NETWORK, {"test": DATA.test, "validation": DATA.validation})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,6 @@ from bnn_jax.storage.checkpoint import CheckpointStore
 from bnn_jax.training import loop as loop_module
 from bnn_jax.training import metrics
 from bnn_jax.training.devices import all_devices
-from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.interrupt import StopRequest
 from bnn_jax.training.loop import LoopOptions, StageLoop
 from bnn_jax.training.state import TrainState
@@ -29,9 +28,7 @@ STAGE = tiny.stage(epochs=EPOCHS)
 DEVICES = all_devices()
 TIMES = ("seconds", "images_per_second")
 PARTS = tiny_skd.parts(chosen=STAGE, steps_per_epoch=STEPS)
-EVALUATOR = Evaluator(
-    PARTS.network, prepare=tiny.prepare_for_evaluation, splits={"test": DATA.test}, batch_size=10, devices=DEVICES
-)
+EVALUATOR = tiny.evaluator(PARTS.network, {"test": DATA.test}, batch_size=10)
 
 
 @pytest.fixture(scope="module")

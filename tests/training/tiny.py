@@ -21,6 +21,7 @@ from bnn_jax.quantizers import build_act, build_weight
 from bnn_jax.quantizers.base import QuantContext
 from bnn_jax.stages import DataSpec, OptimSpec, ParameterGroup, QuantSpec, Spec, Stage, spec
 from bnn_jax.training.devices import Devices, all_devices
+from bnn_jax.training.evaluate import Evaluator
 from bnn_jax.training.loop import Setup, steps_per_epoch
 from bnn_jax.training.optimizer import make_optimizer
 from bnn_jax.training.seeds import Seeds, one_seed
@@ -160,3 +161,10 @@ def assert_equal(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(plain(one), plain(other), err_msg=jax.tree_util.keystr(path))
+
+
+def evaluator(network: Any, splits: dict[str, Split], *, batch_size: int = 5) -> Evaluator:
+    """Evaluates on tiny images, on all devices."""
+    return Evaluator(
+        network, prepare=prepare_for_evaluation, splits=splits, batch_size=batch_size, devices=all_devices()
+    )
