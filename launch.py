@@ -50,6 +50,22 @@ exit status: 0 done; 1 training failed or a process was lost; 2 bad input
 """
 
 
+def ask_for_huge_pages() -> None:
+    """Starts this program again with glibc set to huge pages, where Linux gives them to those who ask only.
+
+    XLA asks for its memory anew in every step; on a CPU a step takes about a fifth less time with huge pages. glibc
+    reads the setting when a program starts. A setting that is there already is left as it is.
+    """
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+            on_request = "[madvise]" in file.read()
+    except OSError:
+        return
+    if on_request and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command line and returns the exit status."""
     if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in argv[1:]):
@@ -95,4 +111,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     sys.exit(main(sys.argv))

@@ -65,7 +65,7 @@ def training_kernels() -> list[Extension]:
         Extension(
             "bnn_jax.ops._convolution",
             sources=["bnn_jax/ops/kernels/convolution.c"],
-            depends=["bnn_jax/ops/kernels/convolution.inc"],
+            depends=["bnn_jax/ops/kernels/convolution.inc", "bnn_jax/ops/kernels/ternary.inc"],
             include_dirs=[f"{found.submodule_search_locations[0]}/include"],
             extra_compile_args=["-std=gnu11", "-O3", "-pthread"],
             extra_link_args=["-pthread"],

@@ -13,8 +13,9 @@ progress.
 SKD-BNN: the loop of its ResNet-20 with all terms, without the one that needs the real stream, and of IR-Net alone, run
 in turn too; the ratios are those of the times of a round, the median over the rounds.
 
-Against PyTorch: the bare step of both on a fixed batch, in turn in this process, with as many threads: ours with our
-kernels and with XLA's convolutions, PyTorch's in its two layouts. The ratio is the median over the rounds of theirs in
+Against PyTorch: the bare step of both on a fixed batch, in turn in this process, with as many threads and with the pages
+of memory that launch.py asks for, after a pause and a step that is not timed: ours with our kernels and with XLA's
+convolutions, PyTorch's in its two layouts. The ratio is the median over the rounds of theirs in
 the faster layout over ours, of a round's times.
 
 The last line is one JSON object.
@@ -36,6 +37,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import launch
 from bnn_jax.experiment import folder as run_folder
 from bnn_jax.experiment.build import Experiment, make_experiment, set_up
 from bnn_jax.experiment.config import validate
@@ -225,6 +227,13 @@ def show_skd(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def rested(side: Any, steps: int) -> float:
+    """Seconds of ``steps`` steps, once the other side's threads have gone to sleep and its data has left the caches."""
+    time.sleep(0.3)
+    side.run(1)
+    return side.run(steps)
+
+
 def measure_against_pytorch(options: argparse.Namespace, name: str, bits: int) -> dict[str, Any]:
     """Milliseconds of our bare step and of PyTorch's, and the ratio of the faster layout's to ours."""
     from benchmarks.pytorch_step import PytorchSide
@@ -243,7 +252,7 @@ def measure_against_pytorch(options: argparse.Namespace, name: str, bits: int) -
         )
     for side in sides.values():
         side.run(1)
-    rounds = [{key: side.run(options.steps) for key, side in sides.items()} for _ in range(options.rounds)]
+    rounds = [{key: rested(side, options.steps) for key, side in sides.items()} for _ in range(options.rounds)]
     times = {key: statistics.median(seconds[key] for seconds in rounds) for key in sides}
     faster = min(("contiguous", "channels_last"), key=lambda layout: times[layout])
     return {
@@ -310,4 +319,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    launch.ask_for_huge_pages()
     main()

@@ -74,12 +74,41 @@ def test_the_order_of_the_sums_does_not_depend_on_which_thread_is_free():
         jax.tree.map(np.testing.assert_array_equal, run(*operands), first)
 
 
-def test_whole_numbers_are_convolved_exactly():
+@pytest.mark.parametrize("name", ["avx512", "avx2", "plain", "wide"])
+@pytest.mark.parametrize("shapes", CASES)
+def test_ternary_operands_are_convolved_exactly(shapes, name):
+    if name not in own.instruction_sets():
+        pytest.skip(f"this machine has no {name}")
+    shape, (height, width, features), *window = CASES[shapes]
     generator = np.random.default_rng(0)
-    shapes = ((2, 6, 6, 64), (3, 3, 64, 32))
-    x, kernel = (jnp.asarray(generator.choice([-1.0, 1.0], shape), jnp.float32) for shape in shapes)
-    found = own.convolution(x, kernel, (1, 1), SAME)
-    np.testing.assert_array_equal(found, jnp.round(xla(x, kernel, (1, 1), SAME)))
+    x = jnp.asarray(generator.choice([-1, 0, 1], shape), jnp.float32)
+    signs = jnp.asarray(generator.choice([-1, 0, 1], (height, width, shape[3], features)), jnp.float32)
+    scales = jnp.asarray(generator.uniform(0.1, 2, (1, 1, 1, features)), jnp.float32)
+    number = own.instruction_sets()[name]
+    # The sums are whole numbers, which float32 holds exactly.
+    sums = jnp.round(xla(x, signs, *window))
+    np.testing.assert_array_equal(own.convolution(x, signs, *window, number), sums)
+    # A last bit for each addition where a set adds the scaled products instead.
+    scaled = own.convolution(x, signs * scales, *window, number)
+    np.testing.assert_allclose(scaled, sums * scales, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(sums))))
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2"])
+@pytest.mark.parametrize("spoil", ["first value", "last value", "not a number", "weight"])
+def test_operands_that_are_almost_ternary_are_convolved_as_floats(spoil, name):
+    if name not in own.instruction_sets():
+        pytest.skip(f"this machine has no {name}")
+    generator = np.random.default_rng(0)
+    x = generator.choice([-1, 1], (4, 9, 9, 32)).astype(np.float32)
+    kernel = generator.choice([-1, 1], (3, 3, 32, 40)).astype(np.float32)
+    if spoil == "weight":
+        kernel[-1, -1, -1, -1] = 0.5
+    else:
+        index = (0, 0, 0, 0) if spoil == "first value" else (-1, -1, -1, -1)
+        x[index] = np.nan if spoil == "not a number" else 2.5
+    found = own.convolution(x, kernel, (1, 1), SAME, own.instruction_sets()[name])
+    # Multiples of 1/2 below 1,000: exact in any order.
+    np.testing.assert_array_equal(found, xla(jnp.asarray(x), jnp.asarray(kernel), (1, 1), SAME))
 
 
 def test_a_mapped_convolution_is_one_after_another():

@@ -8,6 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/c_api.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -17,6 +21,12 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 #define JOIN(a, b) a##b
+
+/* Calls TILE(n) with n, which is at most `widest`, as a constant, so that its sums stay in registers. */
+#define CASE(n) \
+    case n: TILE(n); break;
+#define UP_TO_6 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#define UP_TO_12 UP_TO_6 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 
 /* Products that a call of a kernel adds to each sum: `rows` rows of `run` neighbouring values of the input. */
 typedef struct {
@@ -39,26 +49,38 @@ typedef struct {
                        int64_t channels);
 } InstructionSet;
 
+/* For operands that are -1, 0 and 1: bytes of the input, plus 1, times bytes of the weights. */
+typedef struct {
+    int64_t lanes;
+    void (*row)(const Chunk *, const uint8_t *in, const int8_t *weights, const float *scales, const int32_t *offsets,
+                float *out, int64_t positions, int64_t out_step, int64_t channels);
+    int (*to_bytes)(const float *values, int64_t count, uint8_t *bytes);
+} TernarySet;
+
 /* ---- the kernels for each instruction set ---- */
 
 #define VECTOR_BYTES 16
 #define WIDEST 6
+#define EACH_CASE UP_TO_6
 #define NAME(x) JOIN(plain_, x)
 #define NAME_TEXT "plain"
 #include "convolution.inc"
 #undef VECTOR_BYTES
 #undef WIDEST
+#undef EACH_CASE
 #undef NAME
 #undef NAME_TEXT
 
 /* The 64-byte kernels without their instructions: nobody's choice, but it can be tried on machines that lack these. */
 #define VECTOR_BYTES 64
 #define WIDEST 12
+#define EACH_CASE UP_TO_12
 #define NAME(x) JOIN(wide_, x)
 #define NAME_TEXT "wide"
 #include "convolution.inc"
 #undef VECTOR_BYTES
 #undef WIDEST
+#undef EACH_CASE
 #undef NAME
 #undef NAME_TEXT
 
@@ -71,11 +93,19 @@ typedef struct {
 #endif
 #define VECTOR_BYTES 32
 #define WIDEST 6
+#define EACH_CASE UP_TO_6
 #define NAME(x) JOIN(avx2_, x)
 #define NAME_TEXT "avx2"
 #include "convolution.inc"
+/* Sums of pairs in 16 bits: no more than 4 is added to one at a time. */
+#define DOT(sums, x, w) _mm256_add_epi16((__m256i)(sums), _mm256_maddubs_epi16((__m256i)(x), (__m256i)(w)))
+#define TOTAL(sums) _mm256_madd_epi16((__m256i)(sums), _mm256_set1_epi16(1))
+#include "ternary.inc"
+#undef DOT
+#undef TOTAL
 #undef VECTOR_BYTES
 #undef WIDEST
+#undef EACH_CASE
 #undef NAME
 #undef NAME_TEXT
 #ifdef __clang__
@@ -88,11 +118,24 @@ typedef struct {
 #endif
 #define VECTOR_BYTES 64
 #define WIDEST 12
+#define EACH_CASE UP_TO_12
 #define NAME(x) JOIN(avx512_, x)
 #define NAME_TEXT "avx512"
 #include "convolution.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC target("avx512bw,avx512vnni")
+#endif
+#define DOT(sums, x, w) _mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(x), (__m512i)(w))
+#define TOTAL(sums) (sums)
+#include "ternary.inc"
+#undef DOT
+#undef TOTAL
 #undef VECTOR_BYTES
 #undef WIDEST
+#undef EACH_CASE
 #undef NAME
 #undef NAME_TEXT
 #ifdef __clang__
@@ -124,6 +167,16 @@ static int is_available(const InstructionSet *set) {
 /* The name of an instruction set of this machine, best first; empty for one that it cannot run, NULL beyond the last. */
 const char *bnn_convolution_set(int64_t index) {
     return index < 0 || index >= SETS ? NULL : is_available(sets[index]) ? sets[index]->name : "";
+}
+
+/* What multiplies bytes beside a set, or NULL. */
+static const TernarySet *ternary_of(const InstructionSet *set) {
+#ifdef __x86_64__
+    if (set == &avx512_set && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
+        return &avx512_ternary_set;
+    if (set == &avx512_set || set == &avx2_set) return &avx2_ternary_set;
+#endif
+    return NULL;
 }
 
 /* The set of that number, or the best one for a negative number. */
@@ -278,19 +331,42 @@ static int64_t window(int64_t positions, int64_t stride, int64_t taps) { return 
 static int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 /* Some rows of some images. */
-static void pass_unit(const void *data, int64_t unit, float *scratch) {
-    const Pass *pass = data;
+typedef struct {
+    int64_t first, images, top, rows; /* of the output */
+    int64_t in_rows, columns;         /* of the input, with their border */
+} Unit;
+
+static int64_t units_of(const Pass *pass) {
+    return blocks_of(pass->batch, pass->block_images) * blocks_of(pass->rows, pass->block_rows);
+}
+
+/* Floats of the input that the largest unit copies. */
+static int64_t unit_floats(const Pass *pass) {
+    return pass->block_images * window(pass->block_rows, pass->stride_y, pass->taps_y) *
+           window(pass->columns, pass->stride_x, pass->taps_x) * pass->channels;
+}
+
+static Unit unit_of(const Pass *pass, int64_t unit) {
     const int64_t blocks = blocks_of(pass->rows, pass->block_rows);
     const int64_t first = unit / blocks * pass->block_images, top = unit % blocks * pass->block_rows;
-    const int64_t images = smaller(pass->block_images, pass->batch - first);
     const int64_t rows = smaller(pass->block_rows, pass->rows - top);
-    const int64_t in_rows = window(rows, pass->stride_y, pass->taps_y);
-    const int64_t columns = window(pass->columns, pass->stride_x, pass->taps_x), row = columns * pass->channels;
-    for (int64_t i = 0; i < images; i++)
-        copy_rows(pass->in + (first + i) * pass->height * pass->width * pass->channels, pass->height, pass->width,
-                  pass->channels, top * pass->stride_y - pass->pad_top, -pass->pad_left, in_rows, columns,
-                  scratch + i * in_rows * row);
-    const int64_t run = pass->taps_x * pass->channels;
+    return (Unit){.first = first, .images = smaller(pass->block_images, pass->batch - first), .top = top, .rows = rows,
+                  .in_rows = window(rows, pass->stride_y, pass->taps_y),
+                  .columns = window(pass->columns, pass->stride_x, pass->taps_x)};
+}
+
+/* Copies what the unit needs of its i-th image. */
+static void copy_unit(const Pass *pass, const Unit *unit, int64_t i, float *to) {
+    copy_rows(pass->in + (unit->first + i) * pass->height * pass->width * pass->channels, pass->height, pass->width,
+              pass->channels, unit->top * pass->stride_y - pass->pad_top, -pass->pad_left, unit->in_rows, unit->columns,
+              to);
+}
+
+static void pass_unit(const void *data, int64_t unit, float *scratch) {
+    const Pass *pass = data;
+    const Unit part = unit_of(pass, unit);
+    const int64_t row = part.columns * pass->channels, run = pass->taps_x * pass->channels;
+    for (int64_t i = 0; i < part.images; i++) copy_unit(pass, &part, i, scratch + i * part.in_rows * row);
     Chunk chunk = {.row_step = row, .position_step = pass->stride_x * pass->channels};
     for (int64_t o = 0; o < pass->features; o += 2 * pass->set->lanes) {
         const int64_t wide = tile_width(pass->set, pass->features - o), channels = smaller(wide, pass->features - o);
@@ -300,33 +376,131 @@ static void pass_unit(const void *data, int64_t unit, float *scratch) {
             for (int64_t k = 0; k < run; k += chunk.run, weights += chunk.rows * chunk.run * wide) {
                 chunk.run = run <= CHUNK ? run : smaller(CHUNK, run - k);
                 chunk.first = ky == 0 && k == 0;
-                for (int64_t i = 0; i < images; i++)
-                    for (int64_t y = 0; y < rows; y++)
+                for (int64_t i = 0; i < part.images; i++)
+                    for (int64_t y = 0; y < part.rows; y++)
                         pass->set->position_row(
-                            &chunk, scratch + (i * in_rows + y * pass->stride_y + ky) * row + k, weights,
-                            pass->out + (first + i) * pass->out_image + (top + y) * pass->out_row + o, pass->columns,
+                            &chunk, scratch + (i * part.in_rows + y * pass->stride_y + ky) * row + k, weights,
+                            pass->out + (part.first + i) * pass->out_image + (part.top + y) * pass->out_row + o, pass->columns,
                             pass->out_column, channels);
             }
         }
     }
 }
 
-static int run_pass(const XLA_FFI_CallFrame *frame, Pass *pass) {
+/* Chooses how much a unit works on. */
+static void divide(Pass *pass) {
     const int64_t columns = window(pass->columns, pass->stride_x, pass->taps_x) * pass->channels;
     const int64_t fit = (BLOCK_FLOATS / columns - pass->taps_y) / pass->stride_y + 1;
     pass->block_rows = smaller(larger(fit, blocks_of(BLOCK_POSITIONS, pass->columns)), pass->rows);
     pass->block_images = larger(BLOCK_POSITIONS / (pass->rows * pass->columns), 1);
+}
+
+static int run_pass(const XLA_FFI_CallFrame *frame, Pass *pass) {
+    divide(pass);
     pass->packed = allocate(sizeof(float) * pass->taps_y * pass->taps_x * pass->channels *
                             padded_channels(pass->set, pass->features));
     if (!pass->packed) return -1;
     int result = run_loop(frame, pack_tile, pass, tiles_of(pass->set, pass->features), 0);
-    const int64_t in_rows = window(pass->block_rows, pass->stride_y, pass->taps_y);
-    if (result == 0)
-        result = run_loop(frame, pass_unit, pass,
-                          blocks_of(pass->batch, pass->block_images) * blocks_of(pass->rows, pass->block_rows),
-                          sizeof(float) * pass->block_images * in_rows * columns);
+    if (result == 0) result = run_loop(frame, pass_unit, pass, units_of(pass), sizeof(float) * unit_floats(pass));
     free(pass->packed);
     return result;
+}
+
+/* ---- the pass of a layer whose operands are -1, 0 and 1, but for a scale of each output channel ---- */
+
+typedef struct {
+    const Pass *pass;
+    const TernarySet *set;
+    int64_t groups; /* of four neighbouring values of a row of the window; the last one's weights may be 0 */
+    int8_t *weights; /* (tiles, rows, groups, tile, 4) */
+    float *scales;
+    int32_t *offsets;
+    atomic_int *differs; /* whether an operand was found to have other values */
+} TernaryPass;
+
+/* Weights of one tile; its channels beyond the last one are 0. */
+static void pack_ternary_tile(const void *data, int64_t tile, float *scratch) {
+    (void)scratch;
+    const TernaryPass *own = data;
+    const Pass *pass = own->pass;
+    const int64_t run = pass->taps_x * pass->channels, first = tile * 2 * own->set->lanes;
+    const int64_t left = pass->features - first, width = left > own->set->lanes ? 2 * own->set->lanes : own->set->lanes;
+    const int64_t used = smaller(width, left);
+    int8_t *to = own->weights + first * pass->taps_y * own->groups * 4;
+    float *scales = own->scales + first;
+    int32_t *offsets = own->offsets + first;
+    memset(to, 0, width * pass->taps_y * own->groups * 4);
+    memset(scales, 0, sizeof *scales * width);
+    memset(offsets, 0, sizeof *offsets * width);
+    for (int64_t k = 0; k < pass->taps_y * run; k++) {
+        int8_t *at = to + (k / run * own->groups + k % run / 4) * width * 4 + k % run % 4;
+        const float *weights = pass->kernel + k * pass->features + first;
+        for (int64_t o = 0; o < used; o++) {
+            const float size = weights[o] < 0 ? -weights[o] : weights[o];
+            if (scales[o] == 0) scales[o] = size;
+            if (size != 0 && size != scales[o]) {
+                atomic_store(own->differs, 1);
+                return;
+            }
+            at[o * 4] = (int8_t)((weights[o] > 0) - (weights[o] < 0));
+            offsets[o] += at[o * 4];
+        }
+    }
+}
+
+static void ternary_unit(const void *data, int64_t unit, float *scratch) {
+    const TernaryPass *own = data;
+    if (atomic_load(own->differs)) return;
+    const Pass *pass = own->pass;
+    const Unit part = unit_of(pass, unit);
+    const int64_t row = part.columns * pass->channels, image_bytes = part.in_rows * row;
+    float *values = scratch;
+    uint8_t *bytes = (uint8_t *)(scratch + image_bytes);
+    for (int64_t i = 0; i < part.images; i++) {
+        copy_unit(pass, &part, i, values);
+        if (!own->set->to_bytes(values, image_bytes, bytes + i * image_bytes)) {
+            atomic_store(own->differs, 1);
+            return;
+        }
+    }
+    memset(bytes + part.images * image_bytes, 0, 4); /* the last group may reach beyond */
+    const Chunk chunk = {.rows = pass->taps_y, .run = own->groups * 4, .row_step = row,
+                         .position_step = pass->stride_x * pass->channels};
+    for (int64_t o = 0; o < pass->features; o += 2 * own->set->lanes)
+        for (int64_t i = 0; i < part.images; i++)
+            for (int64_t y = 0; y < part.rows; y++)
+                own->set->row(&chunk, bytes + i * image_bytes + y * pass->stride_y * row,
+                              own->weights + o * pass->taps_y * own->groups * 4, own->scales + o, own->offsets + o,
+                              pass->out + (part.first + i) * pass->out_image + (part.top + y) * pass->out_row + o,
+                              pass->columns, pass->out_column, smaller(2 * own->set->lanes, pass->features - o));
+}
+
+#define TRIED 64          /* values of the input that say whether it is worth trying */
+#define MOST_GROUPS 8191  /* that a sum in 16 bits can hold */
+
+/* Returns 1 where the operands have other values, and nothing is done; else as run_loop. */
+static int run_ternary_pass(const XLA_FFI_CallFrame *frame, Pass *pass) {
+    divide(pass);
+    atomic_int differs = 0;
+    TernaryPass own = {.pass = pass, .set = ternary_of(pass->set), .differs = &differs,
+                       .groups = (pass->taps_x * pass->channels + 3) / 4};
+    uint8_t tried[TRIED];
+    const int64_t values = pass->batch * pass->height * pass->width * pass->channels;
+    if (!own.set || pass->taps_y * own.groups > MOST_GROUPS || !own.set->to_bytes(pass->in, smaller(values, TRIED), tried))
+        return 1;
+    const int64_t tiles = (pass->features + 2 * own.set->lanes - 1) / (2 * own.set->lanes);
+    const int64_t features = tiles * 2 * own.set->lanes;
+    own.weights = allocate((pass->taps_y * own.groups * 4 + sizeof *own.scales + sizeof *own.offsets) * features);
+    if (!own.weights) return -1;
+    own.scales = (float *)(own.weights + pass->taps_y * own.groups * 4 * features);
+    own.offsets = (int32_t *)(own.scales + features);
+    int result = run_loop(frame, pack_ternary_tile, &own, tiles, 0);
+    const int64_t floats = unit_floats(pass) / pass->block_images;
+    if (result == 0 && !atomic_load(&differs))
+        result = run_loop(frame, ternary_unit, &own, units_of(pass),
+                          sizeof(float) * floats + pass->block_images * floats + 4);
+    free(own.weights);
+    return result != 0 ? result : atomic_load(&differs);
 }
 
 /* ---- the calls ---- */
@@ -347,7 +521,8 @@ static int forward(const XLA_FFI_CallFrame *frame, const Convolution *c, const f
                  .out_column = c->features,
                  .kernel_step_y = c->taps_x * c->channels * c->features, .kernel_step_x = c->channels * c->features,
                  .kernel_step_in = c->features, .kernel_step_out = 1, .in = x, .kernel = kernel, .out = y};
-    return run_pass(frame, &pass);
+    const int result = run_ternary_pass(frame, &pass);
+    return result == 1 ? run_pass(frame, &pass) : result;
 }
 
 /* Along one axis, the input's positions first, first + stride, ... and the kernel's taps that meet them, backwards. */
