@@ -13,10 +13,10 @@ progress.
 SKD-BNN: the loop of its ResNet-20 with all terms, without the one that needs the real stream, and of IR-Net alone, run
 in turn too; the ratios are those of the times of a round, the median over the rounds.
 
-Against PyTorch: the bare step of both on a fixed batch, in turn in this process, with as many threads and with the pages
-of memory that launch.py asks for, after a pause and a step that is not timed: ours with our kernels and with XLA's
-convolutions, PyTorch's in its two layouts. The ratio is the median over the rounds of theirs in
-the faster layout over ours, of a round's times.
+Against PyTorch: the bare step of both on a fixed batch, in turn in this process, with as many threads and with the huge
+pages that launch.py asks for, after a pause and a step that is not timed: ours with our kernels and with XLA's
+convolutions, PyTorch's in its two layouts. The ratio is the median over the rounds of theirs in the faster layout over
+ours, of a round's times.
 
 The last line is one JSON object.
 """

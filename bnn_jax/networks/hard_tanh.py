@@ -14,6 +14,7 @@ from bnn_jax.networks.base import (
 )
 from bnn_jax.networks.resnet import ResNet
 from bnn_jax.networks.vgg_small import Vgg
+from bnn_jax.ops.pooling import max_pool
 from bnn_jax.ops.ste import hard_tanh
 from bnn_jax.quantizers.base import QuantContext
 
@@ -39,7 +40,7 @@ class HardTanhResNet(ResNet):
         x = self.layers.first_conv(self.widths[0], name="conv1", **stem)(x, ctx)
         x = hard_tanh(BatchNorm(name="bn1")(x, ctx))
         if self.imagenet_stem:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # type: ignore[arg-type]
+            x = max_pool(x, size=3, stride=2, padding=1)
         features = BatchNorm(name="bn2")(global_average_pool(self.blocks(x, ctx)), ctx)
         return self.classify(features, ctx, kernel_init=None if self.imagenet_stem else he_fan_in_normal)
 

@@ -6,6 +6,7 @@ import jax
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import NetworkOutput, global_average_pool
 from bnn_jax.networks.resnet import ResNet
+from bnn_jax.ops.pooling import max_pool
 from bnn_jax.quantizers.base import QuantContext
 
 
@@ -31,5 +32,5 @@ class ReActNet(ResNet):
         stem = {"kernel_size": (7, 7), "strides": (2, 2), "padding": ((3, 3), (3, 3))} if self.imagenet_stem else {}
         x = BatchNorm(name="bn1")(self.layers.first_conv(self.widths[0], name="conv1", **stem)(x, ctx), ctx)
         if self.imagenet_stem:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # type: ignore[arg-type]
+            x = max_pool(x, size=3, stride=2, padding=1)
         return self.classify(global_average_pool(self.blocks(x, ctx)), ctx)

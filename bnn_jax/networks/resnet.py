@@ -9,6 +9,7 @@ import jax
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import Layers, NetworkOutput, global_average_pool, xavier_normal
 from bnn_jax.networks.blocks import BLOCKS
+from bnn_jax.ops.pooling import max_pool
 from bnn_jax.ops.ste import relu6
 from bnn_jax.quantizers.base import QuantContext
 
@@ -92,5 +93,5 @@ class ImageNetResNet(ResNet):
             name="conv1",
         )
         x = BatchNorm(name="bn1")(relu6(conv1(x, ctx)), ctx)
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # type: ignore[arg-type]
+        x = max_pool(x, size=3, stride=2, padding=1)
         return self.classify(global_average_pool(self.blocks(x, ctx)), ctx, kernel_init=xavier_normal)

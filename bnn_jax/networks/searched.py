@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.layers.shortcut import flexible_shortcut
 from bnn_jax.networks.base import Layers, NetworkOutput, global_average_pool, keep_feature
+from bnn_jax.ops.pooling import max_pool
 from bnn_jax.quantizers.base import QuantContext
 
 # (expansion t, output channels c, blocks n, stride s of the first block).
@@ -262,7 +263,7 @@ class SearchedResNet(SearchedNetwork):
         stem: dict[str, Any] = {"kernel_size": (7, 7), "strides": (2, 2), "padding": ((3, 3), (3, 3))}
         x = self.layers.first_conv(self.stem_width, name="stem_conv", **stem)(x, ctx)
         x = nn.relu(BatchNorm(name="stem_norm")(x, ctx))
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # type: ignore[arg-type]
+        return max_pool(x, size=3, stride=2, padding=1)
 
 
 def extract(network: Any, variables: Mapping[str, Any], path: Sequence[int]) -> tuple[Any, dict[str, Any]]:

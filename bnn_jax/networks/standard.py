@@ -11,6 +11,7 @@ from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import NetworkOutput, global_average_pool, he_fan_in_normal
 from bnn_jax.networks.resnet import ResNet
 from bnn_jax.networks.vgg_small import Vgg
+from bnn_jax.ops.pooling import max_pool
 from bnn_jax.quantizers.base import QuantContext
 
 
@@ -33,7 +34,7 @@ class StandardResNet(ResNet):
         x = self.layers.first_conv(self.widths[0], name="conv1", **stem)(x, ctx)
         x = nn.relu(BatchNorm(name="bn1")(x, ctx))
         if self.imagenet_stem:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # type: ignore[arg-type]
+            x = max_pool(x, size=3, stride=2, padding=1)
         features = global_average_pool(self.blocks(x, ctx))
         return self.classify(features, ctx, kernel_init=None if self.imagenet_stem else he_fan_in_normal)
 

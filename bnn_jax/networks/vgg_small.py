@@ -7,6 +7,7 @@ import jax
 
 from bnn_jax.layers.norm import BatchNorm
 from bnn_jax.networks.base import Layers, NetworkOutput, flatten_channels_first, keep_feature
+from bnn_jax.ops.pooling import max_pool
 from bnn_jax.ops.ste import relu6
 from bnn_jax.quantizers.base import QuantContext
 
@@ -37,7 +38,7 @@ class Vgg(nn.Module):
             make = self.layers.first_conv if index == 0 else self.layers.conv
             x = make(width, name=f"conv{index}")(x, ctx)
             if index % 2:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x, size=2, stride=2)
             x = self.activate(BatchNorm(name=f"bn{index}")(x, ctx))
             if index >= self.first_compared:
                 keep_feature(self, f"after_conv{index}", x)
