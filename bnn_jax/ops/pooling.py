@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +23,8 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
     Returns:
       (N, H', W', C) with ``H' = (H + 2 * padding - size) // stride + 1``.
     """
-    return nn.max_pool(x, (size, size), strides=(stride, stride), padding=((padding, padding),) * 2)
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), around)
 
 
 def _forward(x: jax.Array, size: int, stride: int, padding: int):

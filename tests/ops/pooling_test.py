@@ -15,9 +15,8 @@ def test_values_and_gradients_are_those_of_flax(shape, size, stride, padding):
     generator = np.random.default_rng(0)
     # Few different values: many windows have several largest ones.
     x = jnp.asarray(generator.integers(-2, 2, shape), jnp.float32)
-    reference, pullback = jax.vjp(
-        lambda x: nn.max_pool(x, (size, size), strides=(stride, stride), padding=((padding, padding),) * 2), x
-    )
+    around = [(padding, padding)] * 2
+    reference, pullback = jax.vjp(lambda x: nn.max_pool(x, (size, size), (stride, stride), around), x)  # type: ignore[arg-type]
     y, own_pullback = jax.vjp(lambda x: max_pool(x, size, stride, padding), x)
     np.testing.assert_array_equal(y, reference)
     # Whole numbers: sums over windows are exact in any order.
