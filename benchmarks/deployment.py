@@ -99,8 +99,7 @@ def experiment_of(row: Row, options: argparse.Namespace, workdir: Path) -> tuple
     if row.released is None and launch.main(arguments):
         raise SystemExit(f"training failed: {' '.join(arguments)}")
     config = validate(command_line.parse(arguments).config.to_dict())
-    # All images for the comparison, whatever the training's own evaluation saw.
-    experiment = make_experiment({**config, "data": {**config["data"], "num_eval": None}})
+    experiment = make_experiment(config)
     checkpoint = None if row.released is None else options.released / row.released
     return experiment, RunFolder(workdir, experiment.stages), checkpoint
 
@@ -124,7 +123,8 @@ def compare(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
     workdir = options.workdir / name.replace(" ", "_")
     experiment, folder, checkpoint = experiment_of(row, options, workdir)
     found = read_stage(experiment, folder, stage_name=row.stage, checkpoint=checkpoint)
-    source = load_images(experiment.config, only_test(found.stage.data))
+    # All images, whatever the training's own evaluation saw.
+    source = load_images(experiment.config, only_test(dataclasses.replace(found.stage.data, num_eval=None)))
     labels = np.asarray(source.test.labels)
     images = (np.asarray(source.test.images, np.float32) / np.float32(255) - source.mean) / source.std
     images = images.astype(np.float32)

@@ -120,7 +120,7 @@ def record(job: Job, options: argparse.Namespace) -> None:
         return
     output = options.output / f"{job.name}.json"
     shown = command(job, argparse.Namespace(output="DIR", data_dir="DATA", toy=options.toy))[1:]
-    texts = [f"--what={job.name}", f"--command=python {shlex.join(shown)}"]
+    texts = [f"--what={job.name}", f"--command=python {shlex.join(shown)}", f"--hardware={options.hardware}"]
     subprocess.run(
         [sys.executable, "benchmarks/record.py", str(folder), f"--output={output}", *texts], cwd=ROOT, check=True
     )
@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("campaign", choices=tuple(CAMPAIGNS))
     parser.add_argument("--output", type=Path, required=True, help="folder for results, logs and run folders")
     parser.add_argument("--data_dir", type=Path, default=Path("DATA"), help="folder of prepared data sets")
+    parser.add_argument("--hardware", default="", help="what the results say of the machine, and how busy it was")
     parser.add_argument("--seconds", type=float, default=600.0, help="time for everything")
     parser.add_argument("--only", default="", help="names of jobs, separated by commas")
     parser.add_argument("--toy", action="store_true", help="at the size of a test")
