@@ -80,7 +80,10 @@ ROWS = {
         (*FEW_STEPS, "--config.weight_search.epochs=(1,)", "--config.weight_search.values=(-1.0,0.0,1.0)"),
     ),
     **{
-        f"snn tau {tau}": Row("snn_resnet20", (*FEW_STEPS, "--config.snn.epochs=(1,)", f"--config.snn.tau={tau}"))
+        f"snn tau {tau}": Row(
+            "snn_resnet20",
+            (*FEW_STEPS, "--config.snn.teacher_epochs=1", "--config.snn.epochs=(1,)", f"--config.snn.tau={tau}"),
+        )
         for tau in (9, 6, 5, 4)
     },
     "basq 2 bit": Row("basq_resnet20_cifar:smoke_real", ("--config.data.num_train=1280", "--config.data.num_eval=400")),
