@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _draw_curve(axis: Any, row: Row) -> None:
     _draw_band(axis, epochs, row, colour)
     axis.set_xlim(0.5, shown + 0.5)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_title(row.title, fontsize=9, color=INK)
+    axis.set_title(textwrap.fill(row.title, width=60), fontsize=9, color=INK)
     style_axis(axis, x_label="epoch", y_label="test top-1 (%)")
     axis.legend(frameon=False, fontsize=8, loc="lower right")
 
