@@ -5,9 +5,10 @@
 
 Released checkpoints are imported from FOLDER; the other networks are trained for a few steps first, since their answers
 need only be the same, not right (a run that is finished is used again). Each network classifies all test images of
-CIFAR-10 in training's own network, in jax, packed and, where it is installed, in onnxruntime; on every image all should
-answer alike. Then the bytes of each file beside those that the summary predicts, and those of SNN's ResNet-18 for
-ImageNet beside the published numbers. Exit status 1 where a size is missed or an answer differs.
+CIFAR-10 in training's own network, in the same with XLA's convolutions, in jax, packed and, where it is installed, in
+onnxruntime; all should answer alike but for images on an edge. Then the bytes of each file beside those that the
+summary predicts, and those of SNN's ResNet-18 for ImageNet beside the published numbers. Exit status 1 where a size is
+missed or more answers differ.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +40,7 @@ from bnn_jax.experiment.evaluation import evaluated_choice, only_test, read_stag
 from bnn_jax.experiment.exports import export_stage
 from bnn_jax.experiment.folder import RunFolder, provenance
 from bnn_jax.experiment.load import load_images
+from bnn_jax.ops import convolution
 from bnn_jax.report.costs import complexity
 from bnn_jax.stages import QuantSpec, spec
 from bnn_jax.training.devices import all_devices
@@ -49,6 +53,10 @@ SNN_MBIT = {9: 10.99, 6: 7.324, 5: 6.103, 4: 4.882}
 DESCRIPTION_BYTES = 4096
 BATCH = 500
 
+# Of all answers. Float sums in another order (the first convolution's, BatchNorm's) put a value that lies on the edge
+# of a step on its other side now and then; the column training_by_xla shows how often training's own network does that.
+MOST_DIFFERENT = 0.005
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -58,6 +66,8 @@ class Row:
     options: tuple[str, ...] = ()
     released: str | None = None
     stage: str | None = None
+    whole_bits: bool = True
+    """Whether a weight takes a whole number of bits, so that the bytes can be foretold exactly."""
 
 
 FEW_STEPS = ("--config.data.num_train=2560", "--config.data.num_eval=500")
@@ -74,10 +84,14 @@ ROWS = {
         (*FEW_STEPS, "--config.asbq.bits=(1,)", "--config.asbq.epochs=(1,)", "--config.asbq.learning_rates=(0.01,)"),
     ),
     "recu": Row("recu_resnet20", (*FEW_STEPS, "--config.recu.epochs=2", "--config.recu.warmup_epochs=1")),
-    "weight_search 1b": Row("weight_search_resnet20", (*FEW_STEPS, "--config.weight_search.epochs=(1,)")),
+    "weight_search 1b": Row(
+        "weight_search_resnet20",
+        (*FEW_STEPS, "--config.weight_search.epochs=(1,)", "--config.weight_search.values=1b"),
+    ),
     "weight_search 3 values": Row(
         "weight_search_resnet20",
         (*FEW_STEPS, "--config.weight_search.epochs=(1,)", "--config.weight_search.values=(-1.0,0.0,1.0)"),
+        whole_bits=False,
     ),
     **{
         f"snn tau {tau}": Row(
@@ -134,7 +148,8 @@ def compare(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "network.bnn"
     written = export_stage(experiment, folder, stage_name=row.stage, checkpoint=checkpoint, output=path)
-    logits = outputs_of(
+    answer = functools.partial(
+        outputs_of,
         found.network,
         found.variables,
         source.test,
@@ -144,7 +159,13 @@ def compare(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
         devices=all_devices(),
         choice=evaluated_choice(found.stage, found.network, folder),
     )
+    logits = answer()
+    jax.clear_caches()
+    with mock.patch.object(convolution, "choice", lambda _: "xla"):
+        by_xla = answer()
+    jax.clear_caches()
     others = {
+        "training_by_xla": by_xla,
         "packed": load(path).logits(images),
         "jax": load(path, backend="jax").logits(images),
         "onnxruntime": onnx_logits(path, images),
@@ -154,7 +175,7 @@ def compare(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
         f"{other}_differ": None if each is None else int((each.argmax(axis=1) != answers).sum())
         for other, each in others.items()
     }
-    sizes = {key: written[key] for key in ("file_bytes", "weights_bytes", "predicted_bytes")}
+    quantized = [layer["file_bytes"] for layer in written["layers"] if layer["predicted_bytes"] is not None]
     return {
         "network": name,
         "config": row.config,
@@ -166,7 +187,10 @@ def compare(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
         **differ,
         "largest_difference": max(float(np.abs(each - logits).max()) for each in others.values() if each is not None),
         "logits_spread": float(logits.std()),
-        **sizes,
+        "quantized_bytes": sum(quantized),
+        "predicted_bytes": written["predicted_bytes"],
+        "whole_bits": row.whole_bits,
+        "file_bytes": written["file_bytes"],
         # Weights, codebooks and all floats, by the summary.
         "summary_bytes": complexity(found.network, source.image_shape).total.stored_bits // 8,
     }
@@ -205,12 +229,12 @@ def missed(rows: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> list[str]
         f"{row['network']}: {row[key]} answers of {key.removesuffix('_differ')} differ"
         for row in rows
         for key in ("packed_differ", "jax_differ", "onnxruntime_differ")
-        if row[key]
+        if (row[key] or 0) > MOST_DIFFERENT * row["images"]
     ]
     found += [
-        f"{row['network']}: {row['weights_bytes']} bytes of weights, predicted are {row['predicted_bytes']}"
+        f"{row['network']}: {row['quantized_bytes']} bytes of weights, predicted are {row['predicted_bytes']}"
         for row in rows
-        if row["weights_bytes"] != row["predicted_bytes"]
+        if row["whole_bits"] and row["quantized_bytes"] != row["predicted_bytes"]
     ]
     found += [
         f"{row['network']}: a file of {row['file_bytes']} bytes, the summary has {row['summary_bytes']}"
@@ -237,7 +261,7 @@ def main() -> int:
     rows = [compare(name, row, options) for name, row in ROWS.items() if name.startswith(chosen)]
     sizes = [snn_size(tau) for tau in SNN_MBIT]
     show(
-        [{k: v for k, v in row.items() if k not in ("config", "options", "released")} for row in rows],
+        [{k: v for k, v in row.items() if k not in ("config", "options", "released", "whole_bits")} for row in rows],
         "answers and bytes",
     )
     show(sizes, "SNN ResNet-18, ImageNet")

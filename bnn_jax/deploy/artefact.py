@@ -1,14 +1,15 @@
 """The file of an exported network, ``.bnn``: written, and read without trusting it.
 
 The container is that of safetensors (https://github.com/huggingface/safetensors): a header in JSON and the bytes of
-named arrays. Version 1 holds:
+named arrays. Version 2 holds:
 
   metadata
     format       'bnn_jax.deploy'
-    version      '1'
+    version      '2'
     facts        JSON: network, method, stage, run, commit, accuracy, class names, image size, normalisation
     checksums    JSON: CRC-32 of each array's bytes, and of ``facts``
-  program        uint8: JSON, the operations of ``graph.py`` and, for each layer, how its weights are stored
+  program        uint8: JSON, compressed by zlib (not so in version 1, which is read too): the operations of
+                 ``graph.py`` and, for each layer, how its weights are stored
   constants      float32: all small numbers the program refers to, one behind another
   LAYER/weights  float32 kernels, or uint8: packed indices, see ``weights.py``
   LAYER/codebook uint8: patterns of nine bits, where not every pattern is in use
@@ -44,7 +45,7 @@ from bnn_jax.deploy.weights import (
 )
 from bnn_jax.errors import UserError
 
-FORMAT, VERSION = "bnn_jax.deploy", "1"
+FORMAT, VERSION, READ_VERSIONS = "bnn_jax.deploy", "2", ("1", "2")
 LARGEST_FILE = 2**31
 MOST_WEIGHTS = 2**28
 
@@ -82,7 +83,7 @@ def save(path: Path, program: Program, weights: Mapping[str, Weights], facts: Ma
         for node in program.nodes
     ]
     description = {"image_shape": program.image_shape, "nodes": nodes, "layers": layers}
-    arrays["program"] = np.frombuffer(_json(description).encode(), np.uint8)
+    arrays["program"] = np.frombuffer(zlib.compress(_json(description).encode(), 9), np.uint8)
     arrays["constants"] = np.array(constants.numbers, np.float32)
     text = _json(facts)
     checksums = {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()}
@@ -170,8 +171,9 @@ def _read(path: Path) -> Artefact:
         metadata, arrays = read_safetensors(file)
     if metadata.get("format") != FORMAT:
         raise ValueError("no exported network")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"version {metadata.get('version')!r}; this program reads version {VERSION}")
+    version = metadata.get("version")
+    if version not in READ_VERSIONS:
+        raise ValueError(f"version {version!r}; this program reads versions {', '.join(READ_VERSIONS)}")
     checksums, text = json.loads(metadata["checksums"]), metadata["facts"]
     if set(checksums) != {*arrays, "facts"}:
         raise ValueError("damaged: the sections are not those that were written")
@@ -181,7 +183,20 @@ def _read(path: Path) -> Artefact:
     }.items():
         if checksums[name] != found:
             raise ValueError(f"damaged: section {name} has another checksum than when it was written")
-    return _parse(run_files.parse(arrays["program"].tobytes()), arrays, json.loads(text))
+    program = arrays["program"].tobytes()
+    return _parse(run_files.parse(program if version == "1" else _decompressed(program)), arrays, json.loads(text))
+
+
+def _decompressed(section: bytes) -> bytes:
+    """Text that was compressed, as far as it is read at all: a few bytes can stand for gigabytes."""
+    decompressor = zlib.decompressobj()
+    try:
+        text = decompressor.decompress(section, run_files.MOST_BYTES)
+    except zlib.error:
+        raise ValueError("section program: accepted is what zlib has compressed") from None
+    if not decompressor.eof:
+        raise ValueError(f"section program: accepted is a text of at most {run_files.MOST_BYTES} bytes")
+    return text
 
 
 def _parse(description: Any, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> Artefact:

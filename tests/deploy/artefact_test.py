@@ -153,11 +153,15 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, np.ndarray]]
     path.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
 
 
+def compressed(text: bytes) -> np.ndarray:
+    return np.frombuffer(zlib.compress(text), np.uint8)
+
+
 def in_program(edit: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
     def change(_: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        description = json.loads(arrays["program"].tobytes())
+        description = json.loads(zlib.decompress(arrays["program"].tobytes()))
         edit(description)
-        arrays["program"] = np.frombuffer(json.dumps(description).encode(), np.uint8)
+        arrays["program"] = compressed(json.dumps(description).encode())
 
     return change
 
@@ -174,7 +178,7 @@ def in_node(index: int, value: Any, place: int | str = 2) -> Callable:
 
 
 HOSTILE: dict[str, tuple[Callable, str]] = {
-    "another version": (lambda m, a: m.update(version="2"), "version '2'; this program reads version 1"),
+    "another version": (lambda m, a: m.update(version="3"), "version '3'; this program reads versions 1, 2"),
     "another format": (lambda m, a: m.update(format="x"), "no exported network"),
     "no weights": (lambda m, a: a.__delitem__("b/weights"), "b/weights"),
     "weights cut": (lambda m, a: a.update({"b/weights": a["b/weights"][:-1]}), "layer b: 17 bytes of weights"),
@@ -203,8 +207,11 @@ HOSTILE: dict[str, tuple[Callable, str]] = {
     "a huge shape": (in_program(lambda d: d["layers"]["b"].update(shape=[2**15] * 4)), "layer b: shape"),
     "other classes": (lambda m, a: m.update(facts=json.dumps({"classes": ["x"]})), "names of 1 classes for 3 outputs"),
     "other channels": (lambda m, a: m.update(facts=json.dumps({"mean": [0.0]})), "facts: mean=[0.0]"),
-    "a program that is no JSON": (lambda m, a: a.update(program=np.frombuffer(b"{", np.uint8)), "x.bnn"),
-    "nested without end": (lambda m, a: a.update(program=np.frombuffer(b"[" * 10**5, np.uint8)), "x.bnn"),
+    "a program that is no JSON": (lambda m, a: a.update(program=compressed(b"{")), "accepted is JSON"),
+    "nested without end": (lambda m, a: a.update(program=compressed(b"[" * 10**5)), "accepted is JSON"),
+    "not compressed": (lambda m, a: a.update(program=np.frombuffer(b"{}", np.uint8)), "what zlib has compressed"),
+    "compressed and cut": (lambda m, a: a.update(program=a["program"][:-9]), "a text of at most"),
+    "gigabytes in a few bytes": (lambda m, a: a.update(program=compressed(bytes(2**26))), "a text of at most"),
     "arrays without program": (lambda m, a: a.__delitem__("program"), "program"),
 }
 
@@ -216,6 +223,19 @@ def test_a_file_that_describes_no_network_is_refused(name: str, path: Path) -> N
     with pytest.raises(ArtefactError) as error:
         load(path)
     assert message in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_file_of_version_1_is_read(path: Path) -> None:
+    classifier = load(path)
+    images = np.ones((1, *classifier.image_shape), np.float32)
+    expected = classifier.logits(images)
+
+    def make_older(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        metadata["version"] = "1"
+        arrays["program"] = np.frombuffer(zlib.decompress(arrays["program"].tobytes()), np.uint8)
+
+    rewrite(path, make_older)
+    np.testing.assert_array_equal(load(path).logits(images), expected)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
