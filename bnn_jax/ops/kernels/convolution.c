@@ -264,15 +264,13 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Channels of a tile with `left` channels from its first one on: in memory, where some may be unused. */
-INLINE int64_t tile_width(const InstructionSet *set, int64_t left) { return left > set->lanes ? 2 * set->lanes : set->lanes; }
+INLINE int64_t tile_width(int64_t lanes, int64_t left) { return left > lanes ? 2 * lanes : lanes; }
 
-static int64_t tiles_of(const InstructionSet *set, int64_t channels) {
-    return (channels + 2 * set->lanes - 1) / (2 * set->lanes);
-}
+static int64_t tiles_of(int64_t lanes, int64_t channels) { return (channels + 2 * lanes - 1) / (2 * lanes); }
 
 static int64_t padded_channels(const InstructionSet *set, int64_t channels) {
-    const int64_t before = (tiles_of(set, channels) - 1) * 2 * set->lanes;
-    return before + tile_width(set, channels - before);
+    const int64_t before = (tiles_of(set->lanes, channels) - 1) * 2 * set->lanes;
+    return before + tile_width(set->lanes, channels - before);
 }
 
 /* ---- a pass: output positions as sums over a window of the input; forward, and each part of the input's gradient ---- */
@@ -296,7 +294,7 @@ typedef struct {
 static void pack_tile(const void *data, int64_t tile, float *scratch) {
     (void)scratch;
     const Pass *pass = data;
-    const int64_t first = tile * 2 * pass->set->lanes, width = tile_width(pass->set, pass->features - first);
+    const int64_t first = tile * 2 * pass->set->lanes, width = tile_width(pass->set->lanes, pass->features - first);
     const int64_t used = smaller(width, pass->features - first);
     float *to = pass->packed + first * pass->taps_y * pass->taps_x * pass->channels;
     for (int64_t y = 0; y < pass->taps_y; y++)
@@ -369,7 +367,7 @@ static void pass_unit(const void *data, int64_t unit, float *scratch) {
     for (int64_t i = 0; i < part.images; i++) copy_unit(pass, &part, i, scratch + i * part.in_rows * row);
     Chunk chunk = {.row_step = row, .position_step = pass->stride_x * pass->channels};
     for (int64_t o = 0; o < pass->features; o += 2 * pass->set->lanes) {
-        const int64_t wide = tile_width(pass->set, pass->features - o), channels = smaller(wide, pass->features - o);
+        const int64_t wide = tile_width(pass->set->lanes, pass->features - o), channels = smaller(wide, pass->features - o);
         const float *weights = pass->packed + o * pass->taps_y * run;
         for (int64_t ky = 0; ky < pass->taps_y; ky += chunk.rows) {
             chunk.rows = smaller(larger(CHUNK / run, 1), pass->taps_y - ky);
@@ -380,8 +378,8 @@ static void pass_unit(const void *data, int64_t unit, float *scratch) {
                     for (int64_t y = 0; y < part.rows; y++)
                         pass->set->position_row(
                             &chunk, scratch + (i * part.in_rows + y * pass->stride_y + ky) * row + k, weights,
-                            pass->out + (part.first + i) * pass->out_image + (part.top + y) * pass->out_row + o, pass->columns,
-                            pass->out_column, channels);
+                            pass->out + (part.first + i) * pass->out_image + (part.top + y) * pass->out_row + o,
+                            pass->columns, pass->out_column, channels);
             }
         }
     }
@@ -400,7 +398,7 @@ static int run_pass(const XLA_FFI_CallFrame *frame, Pass *pass) {
     pass->packed = allocate(sizeof(float) * pass->taps_y * pass->taps_x * pass->channels *
                             padded_channels(pass->set, pass->features));
     if (!pass->packed) return -1;
-    int result = run_loop(frame, pack_tile, pass, tiles_of(pass->set, pass->features), 0);
+    int result = run_loop(frame, pack_tile, pass, tiles_of(pass->set->lanes, pass->features), 0);
     if (result == 0) result = run_loop(frame, pass_unit, pass, units_of(pass), sizeof(float) * unit_floats(pass));
     free(pass->packed);
     return result;
@@ -424,8 +422,8 @@ static void pack_ternary_tile(const void *data, int64_t tile, float *scratch) {
     const TernaryPass *own = data;
     const Pass *pass = own->pass;
     const int64_t run = pass->taps_x * pass->channels, first = tile * 2 * own->set->lanes;
-    const int64_t left = pass->features - first, width = left > own->set->lanes ? 2 * own->set->lanes : own->set->lanes;
-    const int64_t used = smaller(width, left);
+    const int64_t width = tile_width(own->set->lanes, pass->features - first);
+    const int64_t used = smaller(width, pass->features - first);
     int8_t *to = own->weights + first * pass->taps_y * own->groups * 4;
     float *scales = own->scales + first;
     int32_t *offsets = own->offsets + first;
@@ -486,9 +484,9 @@ static int run_ternary_pass(const XLA_FFI_CallFrame *frame, Pass *pass) {
                        .groups = (pass->taps_x * pass->channels + 3) / 4};
     uint8_t tried[TRIED];
     const int64_t values = pass->batch * pass->height * pass->width * pass->channels;
-    if (!own.set || pass->taps_y * own.groups > MOST_GROUPS || !own.set->to_bytes(pass->in, smaller(values, TRIED), tried))
-        return 1;
-    const int64_t tiles = (pass->features + 2 * own.set->lanes - 1) / (2 * own.set->lanes);
+    if (!own.set || pass->taps_y * own.groups > MOST_GROUPS) return 1;
+    if (!own.set->to_bytes(pass->in, smaller(values, TRIED), tried)) return 1;
+    const int64_t tiles = tiles_of(own.set->lanes, pass->features);
     const int64_t features = tiles * 2 * own.set->lanes;
     own.weights = allocate((pass->taps_y * own.groups * 4 + sizeof *own.scales + sizeof *own.offsets) * features);
     if (!own.weights) return -1;
@@ -586,7 +584,7 @@ static void add_rows(const KernelPass *pass, int64_t from, int64_t to, const flo
     const int64_t at_once = larger(POSITIONS / c->columns, 1);
     for (int64_t top = 0; top < rows; top += at_once)
         for (int64_t tile = from; tile < to; tile++) {
-            const int64_t o = tile * 2 * c->set->lanes, wide = tile_width(c->set, c->features - o);
+            const int64_t o = tile * 2 * c->set->lanes, wide = tile_width(c->set->lanes, c->features - o);
             const int64_t channels = smaller(wide, c->features - o), now = smaller(at_once, rows - top);
             const float *at = dy + top * c->columns * c->features + o;
             if (wide != c->features) {
@@ -638,7 +636,7 @@ static void add_blocks(const void *data, int64_t tile, float *scratch) {
     (void)scratch;
     const KernelPass *pass = data;
     const Convolution *c = pass->c;
-    const int64_t o = tile * 2 * c->set->lanes, wide = tile_width(c->set, c->features - o);
+    const int64_t o = tile * 2 * c->set->lanes, wide = tile_width(c->set->lanes, c->features - o);
     const int64_t taps = c->taps_y * c->taps_x * c->channels, channels = smaller(wide, c->features - o);
     for (int64_t k = 0; k < taps; k++) {
         float *to = pass->out + k * c->features + o;
@@ -652,7 +650,7 @@ static void add_blocks(const void *data, int64_t tile, float *scratch) {
 static int kernel_gradient(const XLA_FFI_CallFrame *frame, const Convolution *c, const float *x, const float *cotangent,
                            float *out) {
     KernelPass pass = {.c = c, .x = x, .cotangent = cotangent, .out = out};
-    pass.tiles = tiles_of(c->set, c->features);
+    pass.tiles = tiles_of(c->set->lanes, c->features);
     pass.floats = c->taps_y * c->taps_x * c->channels * padded_channels(c->set, c->features);
     const int64_t bytes = sizeof(float) * pass.floats;
     pass.blocks = larger(smaller(smaller(SUMS_BYTES / bytes, UNITS), c->batch), 1);
