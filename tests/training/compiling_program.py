@@ -1,4 +1,4 @@
-"""Is asked to stop while it compiles, which takes seconds; waits for SECONDS of them: compiling_program.py SECONDS."""
+"""Is asked to stop while it compiles; waits so many SECONDS for the compiler: compiling_program.py SECONDS."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from bnn_jax.training import interrupt
 
 
 def work(x: jax.Array) -> jax.Array:
-    """Takes seconds to compile and nothing to run."""
-    for axis in (0, 1) * 50:
+    """Takes a second or more to compile and nothing to run."""
+    for axis in (0, 1) * 200:
         x = jnp.sin(x @ x) + jnp.sort(x, axis=axis)
     return x
 
@@ -26,7 +26,7 @@ def main(patience: float) -> None:
     group.goes_on_from = lambda: "step 3 of stage w1a1"
     lowered = jax.jit(work).lower(jnp.ones((8, 8)))
     with interrupt.StopRequest(group) as stop:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
         lowered.compile()
         print("compiled", stop.agreed())
 

@@ -106,7 +106,7 @@ def compiling(seconds: float) -> Finished:
 
 
 def test_a_stop_does_not_wait_for_the_compiler():
-    finished = compiling(0.2)
+    finished = compiling(0.1)
     assert (finished.code, finished.stdout) == (143, "")
     assert finished.stderr == "stopped while compiling; the same command goes on from step 3 of stage w1a1\n"
 
