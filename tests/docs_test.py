@@ -54,3 +54,12 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
 def test_the_papers_of_all_methods_can_be_cited():
     notes = " ".join(entry["notes"] for entry in read_yaml("CITATION.cff")["references"])
     assert all(name in notes for name in ("ASBQ", "SKD-BNN", "SNN", "Weight Search", "BASQ", "ReCU"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_formulas_are_understood(path: Path):
+    # A name that the converter does not know stays in the page as it was written.
+    markdown, formulas = pytest.importorskip("markdown"), pytest.importorskip("l2m4m")
+    page = markdown.markdown(path.read_text(encoding="utf-8"), extensions=[formulas.LaTeX2MathMLExtension()])
+    for formula in re.findall(r"<math.*?</math>", page, re.DOTALL):
+        assert "\\" not in formula

@@ -85,12 +85,15 @@ def results_table(rows: Sequence[Row], _: Path, method: str) -> str:
     if not rows:
         return f"No run of {METHODS.get(method, 'any method')} has been recorded yet."
     columns = ("what", "epochs", "images", "top-1 last", "best on test", "published", "why it differs")
-    return table(columns, [_full(row) for row in rows])
+    gaps = [row.gap for row in rows]
+    # The stages of one run share one text, which is long.
+    shown = ["as above" if gap and gap == before else gap or MISSING for before, gap in zip(("", *gaps), gaps)]
+    return table(columns, [(*_full(row), gap) for row, gap in zip(rows, shown)])
 
 
 def _full(row: Row) -> tuple[str, ...]:
     images = f"{_count(row.num_train)} / {_count(row.num_test)}"
-    return row.title, _epochs(row), images, str(row.last), _text(row.best), _published(row), row.gap or MISSING
+    return row.title, _epochs(row), images, str(row.last), _text(row.best), _published(row)
 
 
 def _epochs(row: Row) -> str:

@@ -47,6 +47,12 @@ def test_a_run_that_was_stopped_is_compared_with_the_same_epoch(tmp_path):
     assert "| 50,000 / 10,000 |" in line and "| 70.00 after 2 epochs; 90.00 last, 91.00 best | a test |" in line
 
 
+def test_why_a_run_differs_is_said_once_for_its_stages(tmp_path):
+    rows = rows_of(tmp_path, run=RESULT) * 2
+    lines = documents.results_table(rows, tmp_path, "").splitlines()[-2:]
+    assert [line.split(" | ")[-1] for line in lines] == ["a test |", "as above |"]
+
+
 def test_a_method_has_its_own_rows_or_says_that_it_has_none(tmp_path):
     rows = rows_of(tmp_path, run=RESULT)
     text = "<!-- table: results: {} -->\n<!-- end of table -->"
