@@ -51,9 +51,20 @@ def nibble_weights(positive: Array) -> Array:
     return np.concatenate([_in_tiles(b, 64 if b.shape[-1] > 32 else 32).ravel() for b in blocks])
 
 
+def neighbours_in_word(width: int, num_in: int) -> int:
+    """Neighbouring positions that share a word of CONV_BINARY; 1 where channels fill words or the kernel is narrow."""
+    return max(1, 64 // num_in) if width > 1 else 1
+
+
 def word_weights(positive: Array, tile: int) -> Array:
-    """For CONV_BINARY by counting: bool (kh, kw, I, O) -> (tiles, kh, kw, I / 64, tile) words, bit i for channel i."""
-    positive = _padded(positive.astype(np.uint64), 2, 64)
+    """For CONV_BINARY by counting: bool (kh, kw, I, O) -> (tiles, kh, kw, I / 64, tile) words, bit i for channel i.
+
+    Neighbours that share a word are like channels of one position.
+    """
+    height, width, num_in, num_out = positive.shape
+    neighbours = neighbours_in_word(width, num_in)
+    positive = _padded(positive.astype(np.uint64), 1, neighbours).reshape(height, -1, neighbours * num_in, num_out)
+    positive = _padded(positive, 2, 64)
     height, width, num_in, num_out = positive.shape
     bits = positive.reshape(height, width, num_in // 64, 64, num_out) << np.arange(64, dtype=np.uint64)[:, None]
     return _in_tiles(np.bitwise_or.reduce(bits, axis=3), tile)

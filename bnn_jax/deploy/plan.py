@@ -9,6 +9,7 @@ from bnn_jax.deploy.fuse import Group, fuse
 from bnn_jax.deploy.graph import Node, Program, compute
 from bnn_jax.deploy.layouts import (
     codebook_chunk,
+    neighbours_in_word,
     round_up,
 )
 from bnn_jax.deploy.memory import FORMATS, Buffer, Layers, Layout
@@ -248,6 +249,9 @@ class Plan:
             assert isinstance(layer, PatternWeights) and rows is not None
             operation.shift, operation.patterns = buffer.plane, len(layer.levels)
             operation.chunk, operation.codebook = codebook_chunk(layer.shape[2]), rows.ctypes.data
+        if product == "binary" and not self._kernels.reads_nibbles and node.kind == "conv":
+            _, width, num_in, _ = layer.shape
+            operation.chunk = num_in if neighbours_in_word(width, num_in) > 1 else 0
         if product == "bytes":
             codes, integers = node.options["codes"], layer.integers
             assert integers is not None

@@ -106,7 +106,7 @@ def levels_node(scale: float, low: int, high: int) -> tuple[Node, ...]:
 CASES = {
     **{
         f"binary {num_in}x{num_out}": Case("binary", binary((3, 3, num_in, num_out)), conv(UNIT), SIGN, channels=num_in)
-        for num_in, num_out in ((1, 1), (3, 5), (16, 16), (17, 31), (64, 32), (65, 33), (130, 80), (33, 130))
+        for num_in, num_out in ((1, 1), (3, 5), (16, 16), (17, 31), (32, 9), (64, 32), (65, 33), (130, 80), (33, 130))
     },
     "binary 1x1, stride 2": Case(
         "binary", binary((1, 1, 20, 40)), conv(UNIT, strides=(2, 2), padding=((0, 0), (0, 0))), SIGN, channels=20
@@ -114,6 +114,7 @@ CASES = {
     "binary 3x3, stride 2, uneven padding": Case(
         "binary", binary((3, 3, 20, 70)), conv(UNIT, strides=(2, 3), padding=((0, 2), (2, 1))), SIGN, channels=20
     ),
+    "binary 3x7, stride 2": Case("binary", binary((3, 7, 16, 9)), conv(UNIT, strides=(1, 2)), SIGN, channels=16),
     "binary 5x2": Case("binary", binary((5, 2, 9, 12)), conv(UNIT, padding=((4, 4), (0, 0))), SIGN, channels=9),
     **{
         f"codebook tau {tau}, {num_in}x{num_out}, {size}": Case(

@@ -201,6 +201,8 @@ static size_t row_bytes_of(const Operation *op) {
 }
 
 static size_t scratch_bytes_of(const Operation *op) {
+    if (op->source == CONV_BINARY && op->chunk)
+        return (size_t)16 * op->kernel_height * op->kernel_width * op->width * op->stride_x;
     if (op->source != CONV_CODEBOOK) return 0;
     return CODEBOOK_TILE * (sizeof(int16_t) * bnn_row_stride(op) + (size_t)op->chunk * op->patterns);
 }

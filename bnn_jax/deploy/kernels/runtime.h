@@ -60,7 +60,8 @@ typedef struct {
     int32_t input_height, input_width;
     int32_t input_channels; /* elements of the format in one pixel */
     int32_t shift;          /* LOAD: channels; CONV_CODEBOOK: bytes between channels of the input */
-    int32_t chunk;          /* CONV_BYTES: products an int16 sum holds; CONV_CODEBOOK: channels an int8 sum holds */
+    int32_t chunk;          /* CONV_BYTES: products an int16 sum holds; CONV_CODEBOOK: channels an int8 sum holds;
+                               CONV_BINARY: channels, where neighbours share a word, else 0 */
     int32_t patterns;       /* CONV_CODEBOOK: size of the codebook */
     Tensor input;
     const void *weights;
