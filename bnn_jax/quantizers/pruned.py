@@ -102,6 +102,7 @@ class Pruned(WeightQuantizer):
 def _with_zero_level(encoded: Encoded, mask: jax.Array) -> Encoded:
     """Adds the level 0 (unless it is one already) and points the masked weights at it."""
     levels = jnp.unique(jnp.append(encoded.levels, 0.0))
-    values = encoded.levels[encoded.indices] * mask
-    indices = jnp.searchsorted(levels, values)
+    # Levels are looked up, not weights: a program for the few sizes of their list instead of each kernel's shape.
+    places = jnp.searchsorted(levels, jnp.append(encoded.levels, 0.0))
+    indices = jnp.where(mask != 0, places[encoded.indices], places[-1])
     return encoded.replace(indices=indices.astype(jnp.uint8 if levels.size <= 256 else jnp.uint16), levels=levels)
