@@ -86,7 +86,7 @@ def results_table(rows: Sequence[Row], _: Path, method: str) -> str:
         return f"No run of {METHODS.get(method, 'any method')} has been recorded yet."
     columns = ("what", "epochs", "images", "top-1 last", "best on test", "published", "why it differs")
     gaps = [row.gap for row in rows]
-    # The stages of one run share one text, which is long.
+    # The stages of a run, and the runs of a series, share one text, which is long.
     shown = ["as above" if gap and gap == before else gap or MISSING for before, gap in zip(("", *gaps), gaps)]
     return table(columns, [(*_full(row), gap) for row, gap in zip(rows, shown)])
 
